@@ -1,0 +1,178 @@
+"""Checkpoints: tensors and plain values only, read with weights_only=True, written atomically.
+
+A file is a dict: format, format_version, architecture, precision (fp32 or int8), tensors (a name ->
+a tensor, or a packed weight as packing.py writes it), quantization (int8 only: scales and zero
+points) and provenance (variant, parent, arguments, versions, commit, date).
+"""
+
+import hashlib
+import io
+import subprocess
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch.utils.serialization import config as serialization_config
+
+from edgecnn.files import NAME_PATTERN, REPOSITORY, UserError, atomic_path
+from edgecnn.model import ARCHITECTURE, EdgeCNN
+from edgecnn.packing import pack, unpack
+
+FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
+COUNTER = "num_batches_tracked"
+KEYS = ("architecture", "precision", "tensors", "provenance")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """The repository's commit, `+dirty` appended when tracked files differ; None outside git."""
+    try:
+        git = ["git", "-C", str(REPOSITORY)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        return commit + ("+dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def provenance(variant: str, arguments: dict, **fields) -> dict:
+    """How a file came to be: plain values, the same in the checkpoint and in its JSON."""
+    return {
+        "variant": variant,
+        **fields,
+        "arguments": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in arguments.items()
+            if value is not None
+        },
+        "torch_version": str(torch.__version__),
+        "commit": git_commit(),
+        "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def parent_fields(path: Path) -> dict:
+    """The provenance keys that name a parent checkpoint."""
+    return {"parent": Path(path).stem, "parent_sha256": sha256(path)}
+
+
+def save_checkpoint(
+    path: Path,
+    precision: str,
+    tensors: dict[str, torch.Tensor],
+    provenance: dict,
+    quantization: dict | None = None,
+    packed: bool = False,
+) -> None:
+    """Write a checkpoint atomically; `packed` stores the weights as packing.py does."""
+    stored = {
+        name: pack(tensor) if packed and tensor.ndim > 1 else tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    checkpoint = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": ARCHITECTURE,
+        "precision": precision,
+        "tensors": stored,
+        "provenance": provenance,
+    }
+    if quantization is not None:
+        checkpoint["quantization"] = quantization
+    buffer = io.BytesIO()  # torch.save would name every record after a path
+    with serialization_config.patch("save.storage_alignment", 8):  # 64 pads every small tensor
+        torch.save(checkpoint, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def made_by(path: Path) -> str:
+    """The command that makes a checkpoint of this name."""
+    name = NAME_PATTERN.fullmatch(path.stem)
+    if name is None or name["method"] == "baseline":
+        command = "python train_baseline.py"
+    elif name["method"] == "control":
+        command = "python prune_finetune.py --sparsity 0"
+    else:
+        command = f"python prune_finetune.py --sparsity {float(name['percent']) / 100:g}"
+        command += f" --criterion {name['criterion']}" if name["criterion"] else ""
+    command += f" --seed {name['seed']}" if name and name["seed"] else ""
+    if name and name["precision"] == "int8":
+        parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
+        return f"python quantize.py --checkpoint {parent}"
+    return command
+
+
+def load_checkpoint(path: Path, precision: str | None = None) -> dict:
+    """Read and check a checkpoint; its weights come back unpacked. Nothing in it is executed.
+
+    `precision` demands fp32 or int8. Raises UserError, saying what to do, on any other file.
+    """
+    path = Path(path)
+    again = f"make it again with: {made_by(path)}"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make it with: {made_by(path)}")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("truncated, or not written by torch.save")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zip and pickle each have errors of their own
+        reason = str(error).strip().splitlines()[0]
+        if "weights only" in reason.lower():
+            reason = "it holds Python objects besides tensors, which are refused, never executed"
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); {again}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project; {again}")
+    if checkpoint.get("format_version") != FORMAT_VERSION:
+        found = checkpoint.get("format_version")
+        raise UserError(f"{path} has format version {found}, not {FORMAT_VERSION}; {again}")
+    for key in KEYS:
+        if key not in checkpoint:
+            raise UserError(f"{path} lacks `{key}`; {again}")
+    if checkpoint["architecture"] != ARCHITECTURE:
+        raise UserError(
+            f"{path} holds the architecture {checkpoint['architecture']}, not {ARCHITECTURE}; {again}"
+        )
+    if precision not in (None, checkpoint["precision"]):
+        raise UserError(
+            f"{path} is {checkpoint['precision']}, and this step takes {precision}; "
+            f"give it {precision_hint(checkpoint['provenance'], precision)}"
+        )
+    try:
+        checkpoint["tensors"] = {
+            name: unpack(value) if isinstance(value, dict) else value
+            for name, value in checkpoint["tensors"].items()
+        }
+    except Exception as error:  # lzma, numpy and ValueError alike
+        raise UserError(f"{path} has a damaged weight ({error}); {again}") from None
+    return checkpoint
+
+
+def precision_hint(origin: dict, precision: str) -> str:
+    """Which file to give instead of one of the other precision."""
+    parent = origin.get("parent")
+    return f"its parent {parent}" if parent and parent.endswith(precision) else f"a {precision} one"
+
+
+def fp32_tensors(model: EdgeCNN) -> dict[str, torch.Tensor]:
+    """The network's state without BN's batch counters, which a fixed momentum never reads."""
+    return {name: t for name, t in model.state_dict().items() if not name.endswith(COUNTER)}
+
+
+def fp32_model(checkpoint: dict) -> EdgeCNN:
+    """The network of an fp32 checkpoint. Raises UserError when its tensors do not fit."""
+    model = EdgeCNN()
+    counters = {name: t for name, t in model.state_dict().items() if name.endswith(COUNTER)}
+    try:
+        model.load_state_dict({**counters, **checkpoint["tensors"]})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None
+    return model

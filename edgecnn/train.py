@@ -1,0 +1,200 @@
+"""The training loop that train_baseline.py and prune_finetune.py share: resumable, bit-reproducible."""
+
+import ctypes
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from edgecnn.data import Split, augmented_batches, normalize, pad_reflect
+from edgecnn.files import UserError, atomic_path
+
+MOMENTUM = 0.9  # Nesterov
+WARMUP_FRACTION = 0.25  # of all steps, from START_FRACTION of the peak learning rate
+START_FRACTION = 0.1
+EVALUATION_BATCH = 1000  # images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run's result depends on besides its data and starting weights."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float  # the one-cycle peak
+    weight_decay: float
+    label_smoothing: float
+    seed: int
+    start: str  # the weights and images it starts from, so that --resume mixes nothing up
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`; raises UserError when CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed activations: by default blocks over 32 MiB go back to the kernel, and
+    zeroing their pages again costs about a fifth of a training step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Learning rate of a step: linear up over the first quarter, then linear down towards zero."""
+    return peak * float(np.interp(step / steps, (0, WARMUP_FRACTION, 1), (START_FRACTION, 1, 0)))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: torch.Tensor, device: torch.device | str = "cpu"):
+    """Predicted classes, int64 (N,), of uint8 (N, 3, 32, 32) images, in evaluation mode."""
+    model.eval()
+    batches = images.split(EVALUATION_BATCH)
+    return torch.cat([model(normalize(batch.to(device))).argmax(1).cpu() for batch in batches])
+
+
+def accuracy_percent(model: nn.Module, data: Split, device: torch.device | str = "cpu") -> float:
+    """Top-1 accuracy in percent."""
+    images, labels = data
+    return 100 * (predict(model, images, device) == labels).double().mean().item()
+
+
+def train_epoch(model, optimizer, recipe: Recipe, epoch: int, padded, labels, after_step) -> dict:
+    """One epoch; returns its history row. Raises UserError when the loss stops being finite."""
+    model.train()
+    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+    batch_size = min(recipe.batch_size, len(labels))
+    steps = len(labels) // batch_size
+    start, loss_sum, correct = time.perf_counter(), 0.0, 0
+    bar = tqdm(
+        augmented_batches(padded, labels, batch_size, generator),
+        desc=f"epoch {epoch + 1}/{recipe.epochs}",
+        total=steps,
+        disable=not sys.stderr.isatty(),
+    )
+    for step, (images, targets) in enumerate(bar):
+        rate = one_cycle(epoch * steps + step, recipe.epochs * steps, recipe.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = model(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        loss_value = loss.item()
+        if not math.isfinite(loss_value):
+            bar.close()
+            raise UserError(
+                f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}; the last good "
+                "state is kept: lower --learning-rate and start again"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after_step()
+        loss_sum += loss_value
+        correct += (logits.argmax(1) == targets).sum().item()
+        if step % 10 == 9:
+            bar.set_postfix(
+                loss=f"{loss_sum / (step + 1):.3f}", acc=f"{correct / (step + 1) / batch_size:.1%}"
+            )
+    return {
+        "epoch": epoch + 1,
+        "loss": loss_sum / steps,
+        "train_accuracy_percent": 100 * correct / (steps * batch_size),
+        "learning_rate": rate,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    recipe: Recipe,
+    device: torch.device,
+    validation: Split | None = None,
+    resume_path: Path | None = None,
+    resume: bool = False,
+    after_step=lambda: None,
+) -> list[dict]:
+    """Train `model` in place and return its history, a row an epoch.
+
+    The state after every epoch goes to `resume_path`; with `resume` the run continues from it and
+    ends with the same bits as an uninterrupted one. `after_step` runs after every optimizer step.
+    Raises UserError on a non-finite loss or a resume file of another recipe.
+    """
+    keep_freed_memory()
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=MOMENTUM,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    history = load_resume(resume_path, model, optimizer, recipe) if resume else []
+    padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
+    for epoch in range(len(history), recipe.epochs):
+        row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step)
+        if validation is not None:
+            row["validation_accuracy_percent"] = accuracy_percent(model, validation, device)
+        history.append(row)
+        if resume_path is not None:
+            save_resume(resume_path, model, optimizer, recipe, history)
+        left = (recipe.epochs - epoch - 1) * row["seconds"]
+        tqdm.write(
+            f"epoch {row['epoch']}/{recipe.epochs}  loss {row['loss']:.4f}  "
+            f"train {row['train_accuracy_percent']:.2f} %"
+            + (f"  validation {row['validation_accuracy_percent']:.2f} %" if validation else "")
+            + f"  {row['seconds']:.1f} s  about {left:.0f} s left"
+        )
+        sys.stdout.flush()
+    return history
+
+
+def save_resume(path: Path, model, optimizer, recipe: Recipe, history: list[dict]) -> None:
+    """Write everything that the next epoch depends on, atomically."""
+    state = {
+        "recipe": asdict(recipe),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_resume(path: Path, model, optimizer, recipe: Recipe) -> list[dict]:
+    """Restore a run's state and return its history; empty when there is nothing to resume."""
+    if not path.exists():
+        print(f"nothing to resume at {path}; starting from the beginning")
+        return []
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise UserError(
+                f"{path} was written with {state['recipe']}, not {asdict(recipe)}; "
+                "give the same arguments, or delete the file to start again"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in torch, zip or pickle alike
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}); start again without --resume"
+        ) from None
+    print(f"resuming after epoch {len(state['history'])} of {recipe.epochs}")
+    return state["history"]

@@ -1,0 +1,132 @@
+"""Training: closed-form schedule, bit-reproducible, resumable after kill -9, stopped by a NaN."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_main
+
+from edgecnn.data import load_sample
+from edgecnn.model import EdgeCNN, fold_batch_norm, weight_layers
+from edgecnn.train import Recipe, fit, one_cycle
+
+RECIPE = Recipe(2, 64, 0.1, 5e-4, 0.1, seed=3, start="test")
+
+
+def trained(epochs=2, seed=3, **keywords):
+    torch.manual_seed(seed)
+    model = EdgeCNN()
+    recipe = Recipe(epochs, 64, 0.1, 5e-4, 0.1, seed=seed, start="test")
+    history = fit(model, load_sample()[0], recipe, torch.device("cpu"), **keywords)
+    return model.state_dict(), history
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def tensors(path):
+    return torch.load(path, weights_only=True)["tensors"]
+
+
+def test_network_is_the_documented_one():
+    model = EdgeCNN()
+    weights = {name: layer.weight.numel() for name, layer in weight_layers(model).items()}
+    assert list(weights.values()) == [864, 18_432, 73_728, 524_288, 2_560]
+    assert sum(p.numel() for p in fold_batch_norm(model).parameters()) == 620_362
+
+
+def test_folding_and_pooling_first_change_nothing():
+    torch.manual_seed(0)
+    model = EdgeCNN()
+    images = torch.randn(4, 3, 32, 32)
+    model.train()
+    for _ in range(3):
+        model(images)  # moves BN's statistics away from their start
+    with torch.no_grad():
+        for block in (model.block1, model.block2, model.block3):
+            block.bn.weight.normal_()  # negative scales too
+        model.eval()
+        assert torch.allclose(fold_batch_norm(model)(images), model(images), atol=1e-5)
+        block = model.block1
+        ordinary = block.pool(block.relu(block.bn(block.conv(images))))
+        assert torch.equal(block(images), ordinary)
+
+
+def test_schedule_closed_form():
+    rates = [one_cycle(step, 100, 0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(0.02) and rates[25] == 0.2 and rates[100] == 0
+    assert max(rates) == 0.2 and rates[50] == pytest.approx(0.2 * 50 / 75)
+
+
+def test_same_seed_same_bits_other_seed_others():
+    first, history = trained()
+    second, _ = trained()
+    assert same_bits(first, second)
+    assert not same_bits(first, trained(seed=4)[0])
+    assert [row["epoch"] for row in history] == [1, 2] and history[1]["loss"] < history[0]["loss"]
+
+
+def test_resume_in_process_gives_the_same_bits(tmp_path):
+    path = tmp_path / "run.resume.pt"
+    whole, _ = trained(epochs=3)
+
+    class Stop(Exception):
+        pass
+
+    steps = iter(range(100))
+
+    def interrupt():
+        if next(steps) == 8:  # in the second epoch of six steps
+            raise Stop
+
+    with pytest.raises(Stop):
+        trained(epochs=3, resume_path=path, after_step=interrupt)
+    resumed, history = trained(epochs=3, resume_path=path, resume=True)
+    assert same_bits(whole, resumed) and len(history) == 3
+
+
+def test_resume_after_kill_9_gives_the_same_bits(tmp_path, workdir):
+    run_main("train_baseline", "--smoke", "--epochs", 6)
+    whole = tensors("checkpoints/smoke/baseline_fp32.pt")
+    os.remove("checkpoints/smoke/baseline_fp32.pt")
+    os.remove("results/smoke/baseline_fp32.json")
+
+    command = [sys.executable, REPOSITORY / "train_baseline.py", "--smoke", "--epochs", "6"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resume = workdir / "checkpoints/smoke/baseline_fp32.resume.pt"
+    deadline = time.monotonic() + 120
+    while not resume.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert resume.exists() and not (workdir / "checkpoints/smoke/baseline_fp32.pt").exists()
+
+    run_main("train_baseline", "--smoke", "--epochs", 6, "--resume")
+    assert same_bits(whole, tensors("checkpoints/smoke/baseline_fp32.pt"))
+    assert not resume.exists()
+    history = json.loads((workdir / "results/smoke/baseline_fp32.json").read_text())["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nan_loss_stops_and_leaves_the_last_good_state(workdir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main("train_baseline", "--smoke", "--epochs", 3, "--learning-rate", 1e12)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "loss became" in error and error.count("\n") == 1
+    assert not (workdir / "checkpoints/smoke/baseline_fp32.pt").exists()
+    for path in workdir.glob("checkpoints/smoke/*.resume.pt"):
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(t.isfinite().all() for t in state.values())
+
+
+def test_history_is_in_the_result(smoke):
+    result = json.loads((smoke / "results/smoke/baseline_fp32.json").read_text())
+    row = result["history"][-1]
+    assert {"epoch", "loss", "train_accuracy_percent", "learning_rate", "seconds"} <= row.keys()
