@@ -1,0 +1,439 @@
+"""Step 5: draw what accuracy costs, as three Pareto panels (file size, MACs, relative energy).
+
+    python plot_pareto.py            # after python evaluate.py
+    python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
+
+Reads   results/metrics.json, a list of flat rows, one a variant (only seed 0 is plotted).
+Writes  results/optimization_results.png and results/optimization_results.svg.
+
+A point is on the front of a panel when no other variant is at least as accurate for at most the
+same cost and better in one of the two. Reference points from elsewhere never enter the front.
+"""
+
+import argparse
+import itertools
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from edgecnn.files import (
+    NAME_PATTERN,
+    UserError,
+    atomic_path,
+    read_json,
+    results_dir,
+    user_errors_exit_2,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Constants
+MADE_BY = "python evaluate.py"
+# One panel each: the row's key, what one axis unit is in the key's unit, the axis label.
+PANELS = [
+    ("size_bytes", 2**20, "file size\n(MB of $2^{20}$ bytes)"),
+    ("macs_nonzero", 1e6, "non-zero MACs\n(millions an image)"),
+    ("relative_energy", 1, "relative energy score\n(million MACs × bits/8, zeros skipped)"),
+]
+CI_KEYS = ("accuracy_ci95_low_percent", "accuracy_ci95_high_percent")  # optional
+# Precision -> marker and colour (Okabe-Ito); the shape alone tells them apart in grey.
+STYLES = {"fp32": ("o", "#0072B2"), "int8": ("s", "#D55E00")}
+OTHER_STYLE = ("D", "#009E73")
+# Points from elsewhere: legend text, marker, accuracy (%), then one cost a panel, in axis units.
+# Original project: its own table as published; its pruned MACs and sizes were assumed, not counted.
+# ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, the 10,000 test images.
+REFERENCES = [
+    ("original project: FP32", "+", 78.73, (2.37, 10.85, 43.40)),
+    ("original project: INT8", "x", 78.49, (0.64, 10.85, 10.85)),
+    ("original project: pruned 50 %", "v", 80.74, (1.19, 5.42, 21.70)),
+    ("MLPerf Tiny ResNet-8 INT8", "*", 86.97, (98_496 / 2**20, 12.5, 12.5)),
+]
+FOOTNOTES = """
+The energy score is relative, not joules, and credits every skipped zero. Sparse kernels and NPUs \
+with weight compression do skip zeros; dense kernels run a pruned network no faster.
+Grey marks: "original project" as published by the original table; its pruned MACs and sizes were \
+assumed, not counted. ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, \
+accuracy on the 10,000 test images.
+"""
+COST_RANGE = (1e-6, 1e15)  # a cost of zero or less has no place on a logarithmic axis
+GREY = "#808080"
+MARKER_POINTS = 7
+LABEL_FONT = 9.5
+LABEL_LENGTH = 24  # longer names are cut, or one label could be wider than its panel
+LEADER_POINTS = 9  # a label further from its mark than this gets a leader line
+LOG_RATIO = 5  # a cost that spans more than this gets a logarithmic axis
+TICK_STEPS = [1, 2, 5, 10]
+BAND_GAP = 1.5  # references further below the variants than this (points) share a compressed band
+BAND_SHARE = 0.15  # the part of the panel's height which that band takes
+# The detour in pixels that a label makes to keep off a mark, clear of doubt whose label it is,
+# off the front's line, and off an error bar.
+OFF_MARK, OFF_DOUBT, OFF_LINE, OFF_BAR = 1e4, 80, 60, 12
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+def in_range(value, low: float, high: float) -> bool:
+    """True for a number from low to high; booleans, text, NaN and infinity are out of any range."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.json, every key that the picture needs checked; raises UserError."""
+    rows = read_json(path, MADE_BY)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} is not a list of variants, or an empty one; run: {MADE_BY}")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number} is not an object; run: {MADE_BY}")
+        name = row.get("variant")
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f'{path}: row {number} has no name under "variant"; run: {MADE_BY}')
+        needed = ["accuracy_percent", *(key for key, _, _ in PANELS)]
+        for key in needed + [key for key in CI_KEYS if row.get(key) is not None]:
+            low, high = (0, 100) if key.startswith("accuracy") else COST_RANGE
+            if not in_range(row.get(key), low, high):
+                problem = f"is {row[key]!r:.40}, not a number" if key in row else "is missing"
+                raise UserError(
+                    f'{path}: row {number} ({name}): "{key}" {problem} '
+                    f"(from {low:g} to {high:g}); run: {MADE_BY}"
+                )
+    if all(row.get("seed") for row in rows):
+        raise UserError(f"{path} has no variant of seed 0 to plot; run: {MADE_BY}")
+    return rows
+
+
+def pareto_front(costs, accuracies) -> list[int]:
+    """Indices of the non-dominated points (least cost, most accuracy), by rising cost.
+
+    A point is dominated when another costs no more and is no less accurate, and is better in one
+    of the two. So of two points of equal cost only the more accurate one stays, of two equally
+    accurate ones only the cheaper, and points equal in both stay together.
+    """
+    costs, accuracies = np.asarray(costs, float), np.asarray(accuracies, float)
+
+    def dominated(i):
+        no_worse = (costs <= costs[i]) & (accuracies >= accuracies[i])
+        return np.any(no_worse & ((costs < costs[i]) | (accuracies > accuracies[i])))
+
+    return sorted((i for i in range(len(costs)) if not dominated(i)), key=lambda i: costs[i])
+
+
+def precision(row: dict) -> str:
+    """`fp32`, `int8` or whatever else the row, or else the end of its name, says."""
+    return str(row.get("precision") or row["variant"].rsplit("_", 1)[-1]).lower()
+
+
+def style(row: dict) -> tuple[str, str]:
+    """The marker and colour of the row's precision."""
+    return STYLES.get(precision(row), OTHER_STYLE)
+
+
+def has_ci(row: dict) -> bool:
+    """True when the row carries both ends of its accuracy's confidence interval."""
+    return all(row.get(key) is not None for key in CI_KEYS)
+
+
+def short_label(row: dict) -> str:
+    """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the precision); cut when long."""
+    match = NAME_PATTERN.fullmatch(row["variant"])
+    text = row["variant"]
+    if match and match["percent"]:
+        text = f"{match['percent']} % {(match['criterion'] or '').upper()}".strip()
+    elif match:
+        text = match["method"]
+    return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------
+# Labels: all in pixels; a box is (left, bottom, right, top)
+def overlap(boxes, others):
+    """(n, m) booleans: which of n boxes overlap which of m others."""
+    a, b = np.asarray(boxes, float)[:, None, :], np.asarray(others, float)[None, :, :]
+    return np.all((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:]), axis=-1)
+
+
+def along(start, end):
+    """Small boxes along a line, so that lines and boxes are compared alike."""
+    points = np.linspace(start, end, 12)
+    return np.concatenate([points - 0.5, points + 0.5], axis=-1)
+
+
+def leader_start(anchor, box):
+    """The point of the box's edge nearest to the anchor."""
+    return np.clip(anchor, box[:2], box[2:])
+
+
+def place_labels(anchors, sizes, bounds, marks, lines, bars) -> list[np.ndarray]:
+    """A box for each label: near its anchor, in bounds, off the marks and the other labels.
+
+    anchors (n, 2) points, sizes (n, 2) widths and heights, bounds one box; marks, lines and bars
+    are (m, 4) boxes to keep off, in falling order of weight. Each label in turn takes the
+    cheapest of a fixed set of offsets, then all are reconsidered; the best of three orders (the
+    crowded ones first, from the left, from the right) is kept. Nothing random.
+    """
+    anchors, sizes = np.asarray(anchors, float), np.asarray(sizes, float)
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    gaps = np.array([10, 14, 19, 26, 36, 50, 70, 100, 140])
+    inner = np.array([bounds[0], bounds[1], -bounds[2], -bounds[3]]) + 3
+    crowd = (np.linalg.norm(anchors[:, None] - anchors[None], axis=-1) < 70).sum(axis=1)
+
+    def cheapest(i, placed):
+        shifts = directions[None] * (sizes[i] / 2 + gaps[:, None, None])  # (gaps, directions, 2)
+        centres = anchors[i] + shifts.reshape(-1, 2)
+        boxes = np.concatenate([centres - sizes[i] / 2, centres + sizes[i] / 2], axis=1)
+        rest = [(anchors[j], box) for j, box in placed.items() if j != i]
+        others = np.reshape([box for _, box in rest], (-1, 4))
+        leaders = [along(leader_start(anchor, box), anchor) for anchor, box in rest]
+        starts = np.clip(anchors[i], boxes[:, :2], boxes[:, 2:])
+        distance = np.linalg.norm(starts - anchors[i], axis=1)
+        # Straight beside, above or below looks tidier than aslant.
+        cost = distance + 3 * np.tile(np.abs(np.sin(2 * angles)), len(gaps))
+        # Nearer to another mark than to its own, a label would be read as that mark's name.
+        own = overlap(marks, [[*(anchors[i] - 1), *(anchors[i] + 1)]])[:, 0]
+        strange = (marks[~own, :2] + marks[~own, 2:]) / 2
+        nearest = np.clip(strange, boxes[:, None, :2], boxes[:, None, 2:]) - strange
+        doubtful = (np.linalg.norm(nearest, axis=-1) < distance[:, None] + 4).any(axis=1)
+        # A leader should pass over nothing either, but for the mark it points at.
+        solid = np.concatenate([marks[~own], others])
+        crossed = overlap(along(starts, anchors[i]).reshape(-1, 4), solid)
+        crossed = crossed.reshape(-1, len(boxes), len(solid)).any(axis=(0, 2))
+        outside = np.concatenate([boxes[:, :2], -boxes[:, 2:]], axis=1) < inner
+        cost += OFF_MARK * overlap(boxes, np.concatenate([marks, others])).sum(axis=1)
+        cost += OFF_MARK * outside.sum(axis=1)
+        cost += OFF_DOUBT * doubtful + OFF_DOUBT * crossed
+        cost += OFF_LINE * overlap(boxes, np.concatenate([lines, *leaders])).any(axis=1)
+        cost += OFF_BAR * overlap(boxes, bars).any(axis=1)
+        return cost.min(), boxes[np.argmin(cost)]
+
+    results = []
+    for rank in (-crowd, anchors[:, 0], -anchors[:, 0]):
+        placed: dict[int, np.ndarray] = {}
+        for _ in range(3):
+            total = 0.0
+            for i in np.argsort(rank, kind="stable"):
+                cost, placed[i] = cheapest(i, placed)
+                total += cost
+        results.append((total, [placed[i] for i in range(len(anchors))]))
+    return min(results, key=lambda result: result[0])[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Picture
+def set_accuracy_axis(axes, rows) -> None:
+    """One accuracy axis for all; references far below the variants share a compressed band."""
+    own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
+    own = [value for value in own if value is not None]
+    references = [accuracy for _, _, accuracy, _ in REFERENCES]
+    low, high = min(own + references), max(own + references)
+    low, high = low - 0.4 - 0.04 * (high - low), high + 0.2 + 0.04 * (high - low)
+    axes[0].set_ylim(low, high)  # before the scale, which has no room outside its ends
+    label = "CIFAR-10 test accuracy (%)"
+    ticks = MaxNLocator(8, steps=TICK_STEPS).tick_values(low, high)
+    if min(references) < min(own) - BAND_GAP:
+        edge = np.floor(2 * min(own) - 0.2) / 2
+        ends, heights = [low, edge, high], [0, BAND_SHARE, 1]
+        axes[0].set_yscale(
+            "function",
+            functions=(
+                lambda y: np.interp(y, ends, heights),
+                lambda h: np.interp(h, heights, ends),
+            ),
+        )
+        ticks = [t for t in MaxNLocator(8, steps=TICK_STEPS).tick_values(edge, high) if t >= edge]
+        ticks += [t for t in MaxNLocator(2, integer=True).tick_values(low, edge) if t < edge - 1]
+        label += f", compressed below {edge:g} (shaded)"
+        for panel in axes:
+            panel.axhspan(low, edge, color="#EFEFEF", zorder=0)
+    axes[0].yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[0].set_ylabel(label)
+
+
+def set_cost_axis(panel, costs, label: str) -> None:
+    """Logarithmic when the costs span much, always with plain numbers on the ticks."""
+    low, high = min(costs), max(costs)
+    if high / low > LOG_RATIO:
+        panel.set_xscale("log")
+        margin = (high / low) ** 0.09
+        low, high = low / margin, high * margin
+        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        steps = (1, 2, 5) if high / low < 1000 else (1,)
+        panel.xaxis.set_major_locator(FixedLocator([d * s for d in decades for s in steps]))
+        panel.xaxis.set_minor_locator(NullLocator())
+        label = label.replace("\n", ", log scale\n")
+    else:
+        margin = 0.12 * (high - low)
+        low, high = max(0, low - margin), high + margin
+    panel.set_xlim(low, high)
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.set_xlabel(label)
+
+
+def front_corners(costs, accuracies, front, right: float) -> np.ndarray:
+    """(m, 2) corners of the front's step line, up to the panel's right edge.
+
+    Its last point stays the best choice for any larger budget.
+    """
+    x = np.append(np.asarray(costs, float)[front], right)
+    y = np.asarray(accuracies, float)[front]
+    return np.column_stack([np.repeat(x, 2)[1:-1], np.repeat(y, 2)])
+
+
+def draw_panel(panel, rows, costs, reference_costs) -> None:
+    """Front line, filled front points, hollow dominated ones, references and labels."""
+    accuracies = [row["accuracy_percent"] for row in rows]
+    front = pareto_front(costs, accuracies)
+    corners = front_corners(costs, accuracies, front, panel.get_xlim()[1])
+    panel.plot(*corners.T, color="#444444", lw=1.2, zorder=2)
+    for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
+        marker, color = style(row)
+        if has_ci(row):
+            panel.vlines(cost, *(row[key] for key in CI_KEYS), color=color, lw=0.7, alpha=0.35)
+        fill = color if i in front else "white"
+        panel.plot(
+            cost,
+            accuracies[i],
+            marker,
+            ms=MARKER_POINTS,
+            color=color,
+            mfc=fill,
+            zorder=4 + (i in front),
+        )
+    for (_, marker, accuracy, _), cost in zip(REFERENCES, reference_costs, strict=True):
+        panel.plot(cost, accuracy, marker, ms=MARKER_POINTS, color=GREY, zorder=3)
+    label_points(panel, rows, costs, reference_costs, corners)
+
+
+def label_points(panel, rows, costs, reference_costs, corners) -> None:
+    """A label beside each of the rows' points, with a leader line where it had to move away."""
+    pixels = panel.figure.dpi / 72
+    pairs = list(zip(costs, rows, strict=True))
+    points = [(cost, row["accuracy_percent"]) for cost, row in pairs]
+    others = [(cost, entry[2]) for cost, entry in zip(reference_costs, REFERENCES, strict=True)]
+    offset = {
+        "textcoords": "offset points",
+        "xytext": (0, 0),
+        "parse_math": False,
+        "va": "bottom",
+        "zorder": 6,
+    }
+    labels = [
+        panel.annotate(short_label(row), point, fontsize=LABEL_FONT, color=style(row)[1], **offset)
+        for row, point in zip(rows, points, strict=True)
+    ]
+    anchors = panel.transData.transform(points)
+    marks = np.concatenate([anchors, panel.transData.transform(others)])
+    half = 0.65 * MARKER_POINTS * pixels
+    bars = [[(cost, row[key]) for key in CI_KEYS] for cost, row in pairs if has_ci(row)]
+
+    def thin_boxes(lines):  # upright or level ones: a box one pixel wide holds each exactly
+        ends = panel.transData.transform(np.reshape(lines, (-1, 2))).reshape(-1, 2, 2)
+        return np.concatenate([ends.min(axis=1) - 0.5, ends.max(axis=1) + 0.5], axis=1)
+
+    boxes = place_labels(
+        anchors,
+        [label.get_window_extent().size + 3 * pixels for label in labels],
+        panel.get_window_extent().extents,
+        np.concatenate([marks - half, marks + half], axis=1),
+        thin_boxes(list(itertools.pairwise(corners))),
+        thin_boxes(bars),
+    )
+    for label, point, anchor, box in zip(labels, points, anchors, boxes, strict=True):
+        label.set_position((box[:2] + 1.5 * pixels - anchor) / pixels)
+        start = leader_start(anchor, box) - anchor
+        if np.linalg.norm(start) > LEADER_POINTS * pixels:
+            arrow = {"arrowstyle": "-", "lw": 0.6, "color": label.get_color(), "shrinkA": 0}
+            offset["xytext"] = start / pixels
+            panel.annotate("", point, arrowprops=arrow | {"shrinkB": MARKER_POINTS / 2}, **offset)
+
+
+def legend_handles(rows) -> list[Line2D]:
+    """What shapes, fills, grey marks and percentages mean."""
+
+    def mark(label, marker, color, fill=None, **look):
+        look = {"ms": MARKER_POINTS, "mfc": fill or color} | look
+        return Line2D([], [], ls="", marker=marker, color=color, label=label, **look)
+
+    present = {precision(row) for row in rows}
+    handles = [mark(name.upper(), *STYLES[name]) for name in STYLES if name in present]
+    if present - set(STYLES):
+        handles.append(mark("other precision", *OTHER_STYLE))
+    handles += [
+        Line2D([], [], color="#444444", lw=1.2, marker="o", label="on the front"),
+        mark("dominated", "o", "#444444", "white"),
+    ]
+    handles += [mark(label, marker, GREY) for label, marker, _, _ in REFERENCES]
+    if any(has_ci(row) for row in rows):
+        handles.append(mark("95 % confidence interval", "|", "#444444"))
+    return [*handles, mark("share of weights pruned", r"$50\,\%$", "#444444", ms=22, mew=0)]
+
+
+def draw(rows: list[dict]) -> Figure:
+    """The whole picture; rows of other seeds than 0 are left out."""
+    rows = [row for row in rows if not row.get("seed")]
+    figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)  # no window system needed, and text can be measured
+    figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=0.195, wspace=0.06)
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    set_accuracy_axis(axes, rows)
+    for n, (panel, (key, unit, label)) in enumerate(zip(axes, PANELS, strict=True)):
+        costs = [row[key] / unit for row in rows]
+        reference_costs = [entry[3][n] for entry in REFERENCES]
+        set_cost_axis(panel, costs + reference_costs, label)
+        panel.grid(color="#DDDDDD", lw=0.6)
+        panel.set_axisbelow(True)
+        draw_panel(panel, rows, costs, reference_costs)
+    title = "What accuracy costs: size, computation and energy score of each variant"
+    figure.suptitle(title, fontsize=14, y=0.985)
+    handles = legend_handles(rows)
+    figure.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncol=5, frameon=False
+    )
+    notes = "\n".join(textwrap.fill(note, 160) for note in FOOTNOTES.strip().split("\n"))
+    figure.text(0.065, 0.012, notes, fontsize=9.5, color="#333333", va="bottom")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+@user_errors_exit_2
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw accuracy against file size, non-zero MACs and relative energy, from "
+        "what evaluate.py measured. Writes optimization_results.png and .svg.",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--run", default="", metavar="NAME", help="folder below results/ (default: results/ itself)"
+    )
+    which.add_argument(
+        "--smoke", dest="run", action="store_const", const="smoke", help="the same as --run smoke"
+    )
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="rows to draw (default: the run's metrics.json)",
+    )
+    args = parser.parse_args()
+    folder = results_dir(args.run)
+
+    figure = draw(read_rows(args.metrics or folder / "metrics.json"))
+    png, svg = folder / "optimization_results.png", folder / "optimization_results.svg"
+    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
+    with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
+        figure.savefig(png_temporary)
+        figure.savefig(svg_temporary, metadata={"Date": None})
+    print(png)
+    print(svg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""plot_pareto.py: the front against closed forms and brute force, the picture, bad input."""
+
+import itertools
+import json
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import plot_pareto
+
+SCRIPT = str(REPOSITORY / "plot_pareto.py")
+
+
+def row(variant, accuracy, megabytes, mmacs, **more):
+    """A row as evaluate.py writes it, with a key that the plot has no use for."""
+    bits = 8 if variant.endswith("int8") else 32
+    return {
+        "variant": variant,
+        "accuracy_percent": accuracy,
+        "accuracy_ci95_low_percent": accuracy - 0.7,
+        "accuracy_ci95_high_percent": accuracy + 0.7,
+        "size_bytes": int(megabytes * 2**20),
+        "macs_nonzero": int(mmacs * 1e6),
+        "relative_energy": mmacs * bits / 8,
+        "latency_ms": 1.0,
+        **more,
+    }
+
+
+FOUR = [
+    row("baseline_fp32", 85.4, 2.37, 10.85),
+    row("baseline_int8", 85.3, 0.61, 10.85),
+    row("pruned_50_fp32", 86.6, 1.26, 5.42),
+    row("pruned_50_int8", 86.5, 0.38, 5.42),
+]
+FOURTEEN = [
+    *FOUR,
+    row("control_fp32", 86.8, 2.37, 10.85),
+    row("control_int8", 86.72, 0.61, 10.85),
+    row("pruned_50_l1_fp32", 86.7, 1.26, 9.0),
+    row("pruned_50_l1_int8", 86.65, 0.38, 9.0),
+    row("pruned_70_fp32", 86.2, 0.81, 3.25),
+    row("pruned_70_int8", 86.1, 0.27, 3.25),
+    row("pruned_80_fp32", 85.7, 0.57, 2.2),
+    row("pruned_80_int8", 85.6, 0.21, 2.2),
+    row("pruned_90_fp32", 84.4, 0.32, 1.15),
+    row("pruned_90_int8", 84.3, 0.13, 1.15),
+]
+
+
+def run(folder, *arguments):
+    """Run the script in a folder of its own, as a user would."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def write_metrics(folder, content, run_name=""):
+    path = folder / "results" / run_name / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def overlapping(boxes):
+    return [(a, b) for a, b in itertools.combinations(boxes, 2) if plot_pareto.overlap([a], [b])]
+
+
+# The front ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("costs", "accuracies", "front"),
+    [
+        ([], [], []),
+        ([3], [80], [0]),
+        ([1, 2, 3], [80, 85, 90], [0, 1, 2]),
+        ([3, 2, 1], [90, 85, 80], [2, 1, 0]),  # by rising cost
+        ([1, 2, 3], [90, 85, 80], [0]),
+        ([1, 1], [80, 80], [0, 1]),  # equal in both: both stay
+        ([1, 1], [80, 81], [1]),  # equal cost: the more accurate one
+        ([1, 2], [80, 80], [0]),  # equal accuracy: the cheaper one
+        ([2, 1, 2, 4], [85, 80, 85, 84], [1, 0, 2]),
+    ],
+)
+def test_front_closed_forms(costs, accuracies, front):
+    assert plot_pareto.pareto_front(costs, accuracies) == front
+
+
+def test_front_against_brute_force():
+    generator = random.Random(0)
+    for _ in range(200):
+        count = generator.randint(1, 14)
+        points = [(generator.randint(1, 6), generator.randint(80, 86)) for _ in range(count)]
+        front = plot_pareto.pareto_front(*zip(*points, strict=True))
+        expected = {
+            i
+            for i, (c, a) in enumerate(points)
+            if not any(d <= c and b >= a and (d, b) != (c, a) for d, b in points)
+        }
+        assert set(front) == expected and len(front) == len(expected)
+        assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+
+
+def test_front_corners_are_a_staircase():
+    corners = plot_pareto.front_corners([4, 1, 2], [88, 80, 85], [1, 2, 0], 10)
+    assert corners.tolist() == [[1, 80], [2, 80], [2, 85], [4, 85], [4, 88], [10, 88]]
+
+
+def test_references_never_enter_the_front():
+    # Each variant is beaten on size by ResNet-8, and still the best of its own is drawn filled.
+    figure = plot_pareto.draw([row("baseline_int8", 80.0, 2.0, 20.0)])
+    filled = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "#D55E00"]
+    assert [line.get_ydata()[0] for line in filled] == [80.0]
+
+
+# Labels ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows", [FOUR, FOURTEEN], ids=["four", "fourteen"])
+def test_labels_collide_with_nothing(rows):
+    figure = plot_pareto.draw(rows)
+    figure.canvas.draw()
+    half = plot_pareto.MARKER_POINTS / 2 * figure.dpi / 72
+    for n, panel in enumerate(figure.axes):
+        texts = [text for text in panel.texts if text.get_text()]
+        assert len(texts) == len(rows)
+        labels = [text.get_window_extent().extents for text in texts]
+        assert not overlapping(labels)
+        key, unit, _ = plot_pareto.PANELS[n]
+        points = [(row[key] / unit, row["accuracy_percent"]) for row in rows]
+        points += [(entry[3][n], entry[2]) for entry in plot_pareto.REFERENCES]
+        centres = panel.transData.transform(points)
+        marks = np.concatenate([centres - half, centres + half], axis=1)
+        assert not plot_pareto.overlap(labels, marks).any()
+        left, bottom, right, top = panel.get_window_extent().extents
+        assert all(l >= left and b >= bottom and r <= right and t <= top for l, b, r, t in labels)
+
+
+def test_all_text_lies_inside_the_picture():
+    figure = plot_pareto.draw(FOURTEEN)
+    figure.canvas.draw()
+    box = figure.get_tightbbox()  # inches
+    assert box.x0 >= 0 and box.y0 >= 0
+    assert box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+
+
+def test_placement_is_deterministic_and_separates_a_crowd():
+    anchors = [(200, 150 + i) for i in range(8)]
+    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
+    nothing = np.empty((0, 4))
+    place = [anchors, [(60, 16)] * 8, (0, 0, 400, 300), np.array(marks), nothing, nothing]
+    boxes = plot_pareto.place_labels(*place)
+    assert not overlapping(boxes)
+    assert not plot_pareto.overlap(boxes, marks).any()
+    assert np.array_equal(boxes, plot_pareto.place_labels(*place))
+
+
+@pytest.mark.parametrize(
+    ("variant", "label"),
+    [
+        ("baseline_fp32", "baseline"),
+        ("control_int8", "control"),
+        ("pruned_50_int8", "50 %"),
+        ("pruned_50_l1_fp32", "50 % L1"),
+        ("my own network", "my own network"),
+        ("x" * 99, "x" * 23 + "…"),
+    ],
+)
+def test_short_label(variant, label):
+    assert plot_pareto.short_label({"variant": variant}) == label
+
+
+# The picture ----------------------------------------------------------------------------------
+def assert_valid_pictures(folder):
+    png = (folder / "optimization_results.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and png.rstrip(b"\0")[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", png[16:24])
+    assert (width, height) == (1800, 1110)
+    root = ElementTree.parse(folder / "optimization_results.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "metrics.json",
+        "optimization_results.png",
+        "optimization_results.svg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [([], ""), (["--smoke"], "smoke"), (["--run", "reference"], "reference")],
+)
+def test_writes_png_and_svg(tmp_path, arguments, name):
+    write_metrics(tmp_path, FOUR, name)
+    result = run(tmp_path, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    folder = Path("results") / name
+    expected = [str(folder / f"optimization_results.{end}") for end in ("png", "svg")]
+    assert result.stdout.splitlines() == expected
+    assert_valid_pictures(tmp_path / folder)
+
+
+def test_other_metrics_file_and_equal_bytes_again(tmp_path):
+    write_metrics(tmp_path, FOUR).rename(tmp_path / "other.json")
+    pictures = []
+    for _ in range(2):
+        assert run(tmp_path, "--metrics", "other.json").returncode == 0
+        pictures.append([path.read_bytes() for path in sorted((tmp_path / "results").iterdir())])
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 2
+
+
+def test_unknown_variants_other_seeds_and_absent_options_are_no_error(tmp_path):
+    rows = [
+        row("$weird_^name", 31.0, 0.01, 200.0),  # neither mathematics nor a known method
+        row("distilled_int4", 0.0, 5.0, 0.1, precision="int4", accuracy_ci95_low_percent=None),
+        row("baseline_seed1_fp32", 84.0, 2.37, 10.85, seed=1),
+        row("baseline_fp32", 85.0, 2.37, 10.85, seed=0),
+    ]
+    del rows[3]["accuracy_ci95_low_percent"], rows[3]["accuracy_ci95_high_percent"]
+    write_metrics(tmp_path, rows)
+    result = run(tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_valid_pictures(tmp_path / "results")
+    texts = {text.get_text() for text in plot_pareto.draw(rows).axes[0].texts} - {""}
+    assert texts == {"$weird_^name", "distilled_int4", "baseline"}
+
+
+def test_imports_no_torch(tmp_path):
+    write_metrics(tmp_path, FOUR)
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = ['plot_pareto.py'];"
+        f"runpy.run_path({SCRIPT!r}, run_name='__main__');"
+        "sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_help_names_what_it_does(tmp_path):
+    result = run(tmp_path, "--help")
+    assert result.returncode == 0
+    assert all(word in result.stdout for word in ("--smoke", "--run", "--metrics", "evaluate.py"))
+
+
+# Bad input ------------------------------------------------------------------------------------
+def without(key):
+    return [FOUR[0], {k: v for k, v in FOUR[1].items() if k != key}]
+
+
+def with_value(key, value):
+    return [FOUR[0], FOUR[1] | {key: value}]
+
+
+BAD = {
+    "empty file": ("", "not readable JSON"),
+    "malformed": ("[{]", "not readable JSON"),
+    "empty list": ([], "empty"),
+    "no list": ({"rows": []}, "not a list"),
+    "no object": ([FOUR[0], 3], "row 2 is not an object"),
+    "no name": (without("variant"), "row 2"),
+    "blank name": (with_value("variant", " "), "row 2"),
+    "no accuracy": (without("accuracy_percent"), '"accuracy_percent" is missing'),
+    "no size": (without("size_bytes"), 'row 2 (baseline_int8): "size_bytes" is missing'),
+    "no MACs": (without("macs_nonzero"), '"macs_nonzero" is missing'),
+    "no energy": (without("relative_energy"), '"relative_energy" is missing'),
+    "text": (with_value("size_bytes", "many"), "\"size_bytes\" is 'many'"),
+    "null": (with_value("relative_energy", None), '"relative_energy" is None'),
+    "boolean": (with_value("macs_nonzero", True), '"macs_nonzero" is True'),
+    "NaN": (with_value("relative_energy", float("nan")), '"relative_energy" is nan'),
+    "infinite": (with_value("relative_energy", float("inf")), '"relative_energy" is inf'),
+    "huge": (with_value("size_bytes", 10**400), '"size_bytes" is 1000'),
+    "zero cost": (with_value("macs_nonzero", 0), '"macs_nonzero" is 0'),
+    "negative cost": (with_value("size_bytes", -1), '"size_bytes" is -1'),
+    "accuracy above 100": (with_value("accuracy_percent", 850), '"accuracy_percent" is 850'),
+    "bad interval": (with_value("accuracy_ci95_low_percent", "x"), '"accuracy_ci95_low_percent"'),
+    "other seeds only": ([row | {"seed": 1} for row in FOUR], "seed 0"),
+}
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("content", "problem"), BAD.values(), ids=BAD)
+def test_bad_input_exits_2_and_keeps_the_old_picture(
+    tmp_path, monkeypatch, capsys, content, problem
+):
+    folder = write_metrics(tmp_path, content).parent
+    (folder / "optimization_results.png").write_bytes(b"old")
+    before = content_of(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot_pareto.py"])
+    with pytest.raises(SystemExit) as caught:
+        plot_pareto.main()
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert problem in err and "python evaluate.py" in err
+    assert len(err.splitlines()) == 1 and len(err) < 400
+    assert content_of(folder) == before
+
+
+def test_missing_metrics_exit_2_in_one_line(tmp_path):
+    result = run(tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "results/metrics.json is missing" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "python evaluate.py" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_exits_2(tmp_path):
+    metrics = write_metrics(tmp_path, FOUR)
+    (tmp_path / "results" / "taken").write_text("a file where the run's folder should be")
+    result = run(tmp_path, "--metrics", str(metrics), "--run", "taken")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and "cannot write" in result.stderr
+    assert sorted(path.name for path in metrics.parent.iterdir()) == ["metrics.json", "taken"]
