@@ -3,14 +3,13 @@
     python plot_pareto.py            # after python evaluate.py
     python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
 
-Reads   results/metrics.json, a list of flat rows, one a variant (only seed 0 is plotted).
+Reads   results/metrics.json, a list of flat rows, one a variant (of several seeds the lowest).
 Writes  results/optimization_results.png and results/optimization_results.svg.
 
 A point is on the front of a panel when no other variant is at least as accurate for at most the
 same cost and better in one of the two. Reference points from elsewhere never enter the front.
 """
 
-import argparse
 import itertools
 import textwrap
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from edgecnn.cli import Parser
 from edgecnn.files import (
     NAME_PATTERN,
     UserError,
@@ -102,8 +102,6 @@ def read_rows(path: Path) -> list[dict]:
                     f'{path}: row {number} ({name}): "{key}" {problem} '
                     f"(from {low:g} to {high:g}); run: {MADE_BY}"
                 )
-    if all(row.get("seed") for row in rows):
-        raise UserError(f"{path} has no variant of seed 0 to plot; run: {MADE_BY}")
     return rows
 
 
@@ -376,8 +374,9 @@ def legend_handles(rows) -> list[Line2D]:
 
 
 def draw(rows: list[dict]) -> Figure:
-    """The whole picture; rows of other seeds than 0 are left out."""
-    rows = [row for row in rows if not row.get("seed")]
+    """The whole picture, of the rows with the lowest seed."""
+    lowest = min(row.get("seed") or 0 for row in rows)
+    rows = [row for row in rows if (row.get("seed") or 0) == lowest]
     figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no window system needed, and text can be measured
     figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=0.195, wspace=0.06)
@@ -405,10 +404,7 @@ def draw(rows: list[dict]) -> Figure:
 # Command line
 @user_errors_exit_2
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw accuracy against file size, non-zero MACs and relative energy, from "
-        "what evaluate.py measured. Writes optimization_results.png and .svg.",
-    )
+    parser = Parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--run", default="", metavar="NAME", help="folder below results/ (default: results/ itself)"

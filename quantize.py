@@ -90,7 +90,7 @@ def float_graph(model: EdgeCNN) -> nn.Sequential:
     graph.add_module("fc1", nni.LinearReLU(folded.fc1, nn.ReLU()))
     graph.add_module("fc2", folded.fc2)
     graph.fc1.qconfig = graph.fc2.qconfig = qconfig(per_channel=False)
-    graph.add_module("dequantize", tq.DeQuantStub())
+    graph.add_module("dequantize", tq.DeQuantStub(qconfig(per_channel=False)))
     return graph.eval()
 
 

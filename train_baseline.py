@@ -1,6 +1,6 @@
 """Step 1: train the FP32 baseline CNN on CIFAR-10.
 
-Reads   data/ (fetched and verified at the first run: the 50,000 training images, never the test set)
+Reads   data/ (the 50,000 training images, fetched and verified at the first run; no test image)
 Writes  checkpoints/baseline_fp32.pt  results/baseline_fp32.json
 
     python train_baseline.py             # about 7 minutes on two CPU cores

@@ -4,7 +4,6 @@ The training and the test set lie in files of their own, so that only evaluate.p
 """
 
 import hashlib
-import io
 import json
 import subprocess
 import sys

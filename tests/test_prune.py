@@ -34,7 +34,7 @@ def test_sparsity_is_exact_to_one_weight(sparsity, criterion):
 def test_l1_keeps_every_magnitude_above_one_global_threshold():
     torch.manual_seed(0)
     before = [layer.weight.detach().clone() for layer in weight_layers(EdgeCNN()).values()]
-    model, masks = pruned(0.5, "l1")
+    _, masks = pruned(0.5, "l1")
     kept = torch.cat([w[m].abs() for w, m in zip(before, masks.values(), strict=True)])
     gone = torch.cat([w[~m].abs() for w, m in zip(before, masks.values(), strict=True)])
     assert kept.min() >= gone.max()

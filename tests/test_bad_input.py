@@ -1,0 +1,224 @@
+"""What a user can get wrong ends in one clear line on stderr, exit code 2, and nothing overwritten."""
+
+import errno
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import run_main
+
+from edgecnn.checkpoint import load_checkpoint
+from edgecnn.files import UserError, atomic_path
+
+FOLDER = "checkpoints/smoke"
+
+
+@pytest.fixture
+def copy(smoke, workdir):
+    """A copy of the smoke chain's files that a test may spoil."""
+    shutil.copytree(smoke / "checkpoints", workdir / "checkpoints")
+    shutil.copytree(smoke / "results", workdir / "results")
+    return workdir
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(capsys, folder, script, *arguments) -> str:
+    """Run a script that must refuse: its one line of stderr; no file may have changed."""
+    before = snapshot(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+    assert snapshot(folder) == before
+    return error
+
+
+class Exploit:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "step"),
+    [
+        ("quantize", (), "python train_baseline.py"),
+        ("prune_finetune", (), "python train_baseline.py"),
+        ("prune_finetune", ("--seed", 4), "python train_baseline.py --seed 4"),
+        ("evaluate", (), "python train_baseline.py"),
+        (
+            "quantize",
+            ("--checkpoint", "checkpoints/pruned_70_l1_fp32.pt"),
+            "python prune_finetune.py --sparsity 0.7 --criterion l1",
+        ),
+        (
+            "evaluate",
+            ("checkpoints/control_seed1_int8.pt",),
+            "python quantize.py --checkpoint checkpoints/control_seed1_fp32.pt",
+        ),
+        (
+            "evaluate",
+            ("--inspect", "checkpoints/control_seed1_fp32.pt"),
+            "python prune_finetune.py --sparsity 0 --seed 1",
+        ),
+    ],
+)
+def test_missing_checkpoint_names_the_step_that_makes_it(workdir, capsys, script, arguments, step):
+    assert step in fails(capsys, workdir, script, *arguments)
+
+
+@pytest.mark.parametrize("script", ["quantize", "prune_finetune", "evaluate"])
+def test_truncated_checkpoint(copy, capsys, script):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert "not a readable checkpoint" in fails(capsys, copy, script, "--smoke")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04K\x01."])
+def test_not_a_checkpoint(copy, capsys, content):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    path.write_bytes(content)
+    assert "not a readable checkpoint" in fails(capsys, copy, "quantize", "--smoke")
+
+
+@pytest.mark.parametrize(
+    "writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
+def test_a_pickle_with_code_is_refused_and_never_executed(copy, capsys, writer):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    writer({"format": "edgecnn-checkpoint", "tensors": Exploit()}, path)
+    fails(capsys, copy, "quantize", "--smoke")
+    assert not (copy / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not a checkpoint of this project"),
+        ({"format_version": 99}, "format version 99"),
+        ({"architecture": "resnet8"}, "architecture resnet8"),
+    ],
+)
+def test_other_format_version_or_architecture(copy, capsys, change, message):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    assert message in fails(capsys, copy, "quantize", "--smoke")
+
+
+@pytest.mark.parametrize("key", ["architecture", "precision", "tensors", "provenance"])
+def test_checkpoint_without_a_needed_key(copy, capsys, key):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[key]
+    torch.save(checkpoint, path)
+    assert key in fails(capsys, copy, "quantize", "--smoke")
+
+
+def test_tensors_of_another_shape(copy, capsys):
+    path = copy / FOLDER / "baseline_fp32.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["tensors"]["fc1.weight"] = torch.zeros(3, 3)
+    torch.save(checkpoint, path)
+    assert "do not fit" in fails(capsys, copy, "prune_finetune", "--smoke")
+
+
+def test_damaged_packed_weight(copy):
+    path = copy / FOLDER / "pruned_50_fp32.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["tensors"]["fc1.weight"]["coded"] = torch.zeros(100, dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="damaged weight"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("script", ["quantize", "prune_finetune"])
+def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script):
+    error = fails(capsys, copy, script, "--smoke", "--checkpoint", f"{FOLDER}/baseline_int8.pt")
+    assert "takes fp32" in error and "baseline_fp32" in error
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("prune_finetune", ("--sparsity", "1"), "outside [0, 1)"),
+        ("prune_finetune", ("--sparsity", "-0.1"), "outside [0, 1)"),
+        ("prune_finetune", ("--sparsity", "nan"), "outside [0, 1)"),
+        ("prune_finetune", ("--sparsity", "half"), "--sparsity"),
+        ("prune_finetune", ("--criterion", "magic"), "l1-normalized"),
+        ("prune_finetune", ("--epochs", "0"), "at least 1"),
+        ("train_baseline", ("--epochs", "0"), "at least 1"),
+        ("train_baseline", ("--epochs", "-3"), "at least 1"),
+        ("train_baseline", ("--batch-size", "0"), "at least 1"),
+        ("train_baseline", ("--batch-size", "-256"), "at least 1"),
+        ("train_baseline", ("--learning-rate", "nan"), "above 0"),
+        ("train_baseline", ("--seed", "-1"), "negative"),
+        ("train_baseline", ("--device", "tpu"), "cpu"),
+        ("quantize", ("--engine", "magic"), "qnnpack"),
+        ("quantize", ("--calibration-images", "0"), "at least 1"),
+        ("evaluate", ("--device", "tpu"), "cpu"),
+        ("evaluate", ("--no-such-flag",), "--help"),
+    ],
+)
+def test_arguments_out_of_range(workdir, capsys, script, arguments, message):
+    assert message in fails(capsys, workdir, script, *arguments)
+
+
+def test_cuda_where_there_is_none(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in fails(capsys, workdir, "train_baseline", "--smoke", "--device", "cuda")
+
+
+def test_engine_that_this_torch_lacks(copy, capsys, monkeypatch):
+    path = copy / FOLDER / "baseline_int8.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["quantization"]["engine"] = "future"
+    torch.save(checkpoint, path)
+    assert "no engine future" in fails(capsys, copy, "evaluate", "--smoke", path)
+
+
+def test_resume_with_other_arguments_is_refused(copy, capsys):
+    run_main("train_baseline", "--smoke", "--epochs", 1, "--seed", 5)
+    capsys.readouterr()
+    state = {"recipe": {"epochs": 7}, "model": {}, "optimizer": {}, "history": []}
+    torch.save(state, copy / FOLDER / "baseline_seed5_fp32.resume.pt")
+    error = fails(capsys, copy, "train_baseline", "--smoke", "--seed", 5, "--resume")
+    assert "was written with" in error
+
+
+def test_damaged_resume_file(copy, capsys):
+    (copy / FOLDER / "baseline_fp32.resume.pt").write_bytes(b"torn")
+    error = fails(capsys, copy, "train_baseline", "--smoke", "--resume")
+    assert "start again without --resume" in error
+
+
+@pytest.mark.parametrize("script", ["quantize", "evaluate"])
+def test_unwritable_output_folder(copy, capsys, script):
+    # A file where the folder should be refuses every user, root included.
+    shutil.rmtree(copy / "results")
+    (copy / "results").write_text("in the way")
+    kept = snapshot(copy / "checkpoints")
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, "--smoke")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "cannot write" in error and error.count("\n") == 1
+    assert snapshot(copy / "checkpoints").keys() == kept.keys()
+
+
+def test_full_disk_leaves_the_old_file_and_no_half_written_one(workdir):
+    path = workdir / "results.json"
+    path.write_text("old")
+    with pytest.raises(UserError, match="No space left"), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [file.name for file in workdir.iterdir()] == ["results.json"]
+    assert path.read_text() == "old"
+
+
+def test_unknown_variant_names_are_welcome(copy, capsys):
+    shutil.copy(copy / FOLDER / "baseline_int8.pt", copy / FOLDER / "my own (v2).pt")
+    run_main("evaluate", "--smoke")
+    assert "my own (v2)" in (copy / "results/smoke/table.md").read_text()
