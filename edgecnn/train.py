@@ -73,6 +73,11 @@ def accuracy_percent(model: nn.Module, data: Split, device: torch.device | str =
     return 100 * (predict(model, images, device) == labels).double().mean().item()
 
 
+def diverged(what: str) -> UserError:
+    """The error of a run whose numbers left the finite range."""
+    return UserError(f"{what}; the last good state is kept: lower --learning-rate and start again")
+
+
 def train_epoch(model, optimizer, recipe: Recipe, epoch: int, padded, labels, after_step) -> dict:
     """One epoch; returns its history row. Raises UserError when the loss stops being finite."""
     model.train()
@@ -95,10 +100,7 @@ def train_epoch(model, optimizer, recipe: Recipe, epoch: int, padded, labels, af
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             bar.close()
-            raise UserError(
-                f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}; the last good "
-                "state is kept: lower --learning-rate and start again"
-            )
+            raise diverged(f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,6 +150,8 @@ def fit(
     padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
     for epoch in range(len(history), recipe.epochs):
         row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step)
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise diverged(f"a weight stopped being finite in epoch {epoch + 1}")
         if validation is not None:
             row["validation_accuracy_percent"] = accuracy_percent(model, validation, device)
         history.append(row)

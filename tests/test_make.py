@@ -1,0 +1,97 @@
+"""What `make` would run: everything in a fresh clone, only what is out of date afterwards."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks.training_speed import TRAINING_FLOPS, summarize
+
+STEPS = ("train_baseline.py", "quantize.py", "prune_finetune.py", "evaluate.py", "plot_pareto.py")
+VARIANTS = ("baseline_fp32", "baseline_int8", "pruned_50_fp32", "pruned_50_int8")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The sources with an installed environment, every file equally old, as git leaves them."""
+    for name in ("Makefile", "requirements.txt", "mac_hooks.py", *STEPS):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for folder in ("edgecnn", "results/reference", "checkpoints/reference"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.installed").touch()
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return tmp_path
+
+
+def finish(folder):
+    """Leave the files of a finished run, each a second younger than the one before."""
+    for path in ("checkpoints", "results"):
+        (folder / path).mkdir(exist_ok=True)
+    names = [f"results/{variant}.json" for variant in VARIANTS]
+    names += ["results/metrics.json", "results/optimization_results.png"]
+    for age, name in enumerate(names):
+        (folder / name).touch()
+        os.utime(folder / name, (1e9 + 100 + age, 1e9 + 100 + age))
+    for variant in VARIANTS:
+        (folder / f"checkpoints/{variant}.pt").touch()
+
+
+def steps(folder, *targets) -> list[str]:
+    """The scripts that make would run, in order."""
+    command = ["make", "--dry-run", *targets]
+    lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return [line.split()[1] for line in lines.splitlines() if line.startswith(".venv/bin/python")]
+
+
+def test_fresh_clone_runs_every_step_in_order(clone):
+    assert steps(clone) == [
+        "train_baseline.py",
+        "quantize.py",
+        "prune_finetune.py",
+        "quantize.py",
+        "evaluate.py",
+        "plot_pareto.py",
+    ]
+    assert steps(clone, "reference").count("train_baseline.py") == 3
+    assert steps(clone, "reference").count("prune_finetune.py") == 9
+
+
+def test_finished_run_is_not_done_again(clone):
+    finish(clone)
+    assert steps(clone) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "rerun"),
+    [
+        ("plot_pareto.py", ["plot_pareto.py"]),
+        ("mac_hooks.py", ["evaluate.py", "plot_pareto.py"]),
+        ("results/pruned_50_fp32.json", ["quantize.py", "evaluate.py", "plot_pareto.py"]),
+    ],
+)
+def test_a_change_redoes_what_depends_on_it(clone, changed, rerun):
+    finish(clone)
+    os.utime(clone / changed, (2e9, 2e9))
+    assert steps(clone) == rerun
+
+
+def test_a_lost_checkpoint_is_made_again(clone):
+    finish(clone)
+    (clone / "checkpoints/pruned_50_fp32.pt").unlink()
+    expected = ["prune_finetune.py", "quantize.py", "evaluate.py", "plot_pareto.py"]
+    assert steps(clone) == expected
+
+
+def test_benchmark_takes_ratios_round_by_round():
+    rounds = [
+        {"matrix_gflops_per_s": g, "pipeline_images_per_s": p, "tutorial_0_workers_images_per_s": t}
+        for g, p, t in ((100, 1000, 500), (200, 2000, 500), (100, 900, 300))
+    ]
+    summary = summarize(rounds)
+    assert summary["speedup_over_tutorial"] == 3  # the ratios are 2, 4 and 3
+    share = 100 * 1000 * TRAINING_FLOPS / 100e9
+    assert summary["share_of_matrix_rate_percent"] == pytest.approx(share)
