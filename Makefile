@@ -9,12 +9,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# What decides the weights; the rest of edgecnn/ only names, stores and shows them.
+TRAINING := $(addprefix edgecnn/,data.py model.py train.py)
 LIBRARY := $(wildcard edgecnn/*.py)
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed$(if $(CPU),-cpu)
 TESTS_INSTALLED := $(VENV)/.tests-installed
 
-# A step's JSON is written last, so it stands for the step; a missing checkpoint forces it again.
-need = $(if $(wildcard checkpoints/$(1).pt),,FORCE)
+# A step's JSON is written last, so it stands for the step; another file of it, lost, forces it again.
+need = $(if $(wildcard $(1)),,FORCE)
 
 .PHONY: all test lint smoke reference benchmark FORCE
 .DELETE_ON_ERROR:
@@ -36,23 +38,28 @@ $(TESTS_INSTALLED): tests/requirements.txt $(INSTALLED)
 
 # ---- one seed ----------------------------------------------------------------------------------
 
-results/baseline_fp32.json: train_baseline.py $(LIBRARY) $(INSTALLED) $(call need,baseline_fp32)
+results/baseline_fp32.json: train_baseline.py $(TRAINING) $(call need,checkpoints/baseline_fp32.pt) \
+		| $(INSTALLED)
 	$(PY) train_baseline.py --resume
 
-results/baseline_int8.json: results/baseline_fp32.json quantize.py $(call need,baseline_int8)
+results/baseline_int8.json: results/baseline_fp32.json quantize.py \
+		$(call need,checkpoints/baseline_int8.pt)
 	$(PY) quantize.py
 
 results/pruned_50_fp32.json: results/baseline_fp32.json prune_finetune.py \
-		$(call need,pruned_50_fp32)
+		$(call need,checkpoints/pruned_50_fp32.pt)
 	$(PY) prune_finetune.py --resume
 
-results/pruned_50_int8.json: results/pruned_50_fp32.json quantize.py $(call need,pruned_50_int8)
+results/pruned_50_int8.json: results/pruned_50_fp32.json quantize.py \
+		$(call need,checkpoints/pruned_50_int8.pt)
 	$(PY) quantize.py --checkpoint checkpoints/pruned_50_fp32.pt
 
-results/metrics.json: results/baseline_int8.json results/pruned_50_int8.json evaluate.py mac_hooks.py
+results/metrics.json: results/baseline_int8.json results/pruned_50_int8.json evaluate.py \
+		mac_hooks.py $(LIBRARY) $(call need,results/table.md)
 	$(PY) evaluate.py
 
-results/optimization_results.png: results/metrics.json plot_pareto.py
+results/optimization_results.png: results/metrics.json plot_pareto.py \
+		$(call need,results/optimization_results.svg)
 	$(PY) plot_pareto.py
 
 # ---- three seeds and the controls --------------------------------------------------------------
@@ -60,32 +67,32 @@ results/optimization_results.png: results/metrics.json plot_pareto.py
 # Stamps that git ignores, not the committed files, say what is done: a fresh clone trains anew.
 DONE := checkpoints/reference/.done
 SEEDS := 0 1 2
-seeded = $(1)$(if $(filter-out 0,$*),_seed$*)_fp32.pt
 REFERENCE := --run reference
 
-$(DONE)/baseline-%: train_baseline.py quantize.py $(LIBRARY) $(INSTALLED)
+$(DONE)/baseline-%: train_baseline.py $(TRAINING) | $(INSTALLED)
 	$(PY) train_baseline.py $(REFERENCE) --seed $* --resume
-	$(PY) quantize.py $(REFERENCE) --checkpoint checkpoints/reference/$(call seeded,baseline)
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/pruned-%: $(DONE)/baseline-% prune_finetune.py
+$(DONE)/pruned_50-%: $(DONE)/baseline-% prune_finetune.py
 	$(PY) prune_finetune.py $(REFERENCE) --seed $* --resume
-	$(PY) quantize.py $(REFERENCE) --checkpoint checkpoints/reference/$(call seeded,pruned_50)
 	@touch $@
 
 $(DONE)/control-%: $(DONE)/baseline-% prune_finetune.py
 	$(PY) prune_finetune.py $(REFERENCE) --seed $* --sparsity 0 --resume
-	$(PY) quantize.py $(REFERENCE) --checkpoint checkpoints/reference/$(call seeded,control)
 	@touch $@
 
-$(DONE)/l1-%: $(DONE)/baseline-% prune_finetune.py
+$(DONE)/pruned_50_l1-%: $(DONE)/baseline-% prune_finetune.py
 	$(PY) prune_finetune.py $(REFERENCE) --seed $* --criterion l1 --resume
-	$(PY) quantize.py $(REFERENCE) --checkpoint checkpoints/reference/$(call seeded,pruned_50_l1)
 	@touch $@
 
-.PRECIOUS: $(DONE)/baseline-% $(DONE)/pruned-% $(DONE)/control-% $(DONE)/l1-%
+# A stamp baseline-1 stands for the file baseline_seed1_fp32.pt, and baseline-0 for baseline_fp32.pt.
+$(DONE)/int8-%: $(DONE)/% quantize.py
+	$(PY) quantize.py --checkpoint checkpoints/reference/$(subst -,_seed,$(subst -0,,$*))_fp32.pt
+	@touch $@
 
-reference: $(foreach seed,$(SEEDS),$(foreach step,pruned control l1,$(DONE)/$(step)-$(seed)))
+STEPS := baseline pruned_50 control pruned_50_l1
+TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
+reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED))
 	$(PY) evaluate.py $(REFERENCE) --update-readme
 	$(PY) plot_pareto.py $(REFERENCE)
 

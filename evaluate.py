@@ -15,13 +15,21 @@ from pathlib import Path
 
 import torch
 
-from edgecnn.checkpoint import fp32_model, git_commit, load_checkpoint, sha256
+from edgecnn.checkpoint import (
+    COMMIT,
+    fp32_model,
+    load_checkpoint,
+    require_unseen_holdout,
+    sha256,
+)
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import Split, load_sample, load_split, load_training
 from edgecnn.files import (
     REPOSITORY,
     UserError,
     checkpoints_dir,
+    read_json,
+    require_writable,
     results_dir,
     user_errors_exit_2,
     write_json,
@@ -36,6 +44,8 @@ from quantize import int8_model
 MIB = 2**20
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 README_MARKERS = "<!-- table: begin (evaluate.py --update-readme) -->", "<!-- table: end -->"
+README = REPOSITORY / "README.md"
+TEST_SET = "CIFAR-10 test set"
 METHOD_ORDER = ("baseline", "control", "pruned")
 
 
@@ -100,7 +110,7 @@ def evaluate_checkpoint(path: Path, data: Split, test_set: str, device: torch.de
         "trained_commit": origin["commit"],
         "trained_date_utc": origin["date_utc"],
         "evaluated_torch_version": str(torch.__version__),
-        "evaluated_commit": git_commit(),
+        "evaluated_commit": COMMIT,
     }
 
 
@@ -123,8 +133,13 @@ def group(row: dict) -> str:
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """Rows with what needs the others: change against the parent, dominance, statistics over seeds."""
+    """Rows with what needs the others: change against the parent, dominance, statistics over seeds.
+
+    Raises UserError when two rows have one name.
+    """
     by_name = {row["variant"]: row for row in rows}
+    if len(by_name) < len(rows):
+        raise UserError("two files of one name stand for the same variant; give one of them")
     compared = []
     for row in rows:
         parent = by_name.get(row["parent"])
@@ -248,8 +263,12 @@ def readme_with(readme: str, block: str) -> str:
     Raises UserError when a marker is missing.
     """
     begin, end = README_MARKERS
-    if begin not in readme or end not in readme:
-        raise UserError(f"README.md lacks the lines `{begin}` and `{end}`; put them back")
+    if [readme.count(begin), readme.count(end)] != [1, 1] or readme.index(begin) > readme.index(
+        end
+    ):
+        raise UserError(
+            f"README.md needs the lines `{begin}` and `{end}`, once each; put them back"
+        )
     head, tail = readme.split(begin)[0], readme.split(end)[1]
     return f"{head}{begin}\n{block}{end}{tail}"
 
@@ -291,7 +310,8 @@ def parse_arguments():
         "checkpoints",
         nargs="*",
         type=Path,
-        help="files to evaluate (default: every .pt in the run's checkpoint folder)",
+        help="files to evaluate: prints their table and writes nothing "
+        "(default: every .pt in the run's checkpoint folder)",
     )
     parser.add_argument(
         "--inspect", type=Path, metavar="FILE", help="describe one checkpoint and stop"
@@ -332,7 +352,36 @@ def load_images(args) -> tuple[Split, str]:
         return load_sample()[1], "held-out part of the smoke sample (training images)"
     if args.holdout:
         return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
-    return load_split("test", args.data_dir), "CIFAR-10 test set"
+    return load_split("test", args.data_dir), TEST_SET
+
+
+def require_complete(paths: list[Path], metrics: Path) -> None:
+    """Raise UserError where writing `metrics` would lose a variant whose checkpoint is not here."""
+    if not metrics.exists():
+        return
+    names = {path.stem for path in paths}
+    lost = [
+        r["variant"] for r in read_json(metrics, "python evaluate.py") if r["variant"] not in names
+    ]
+    if lost:
+        raise UserError(
+            f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "
+            f"or delete {metrics.name} to do without them"
+        )
+
+
+def readme_to_update(args) -> str | None:
+    """The README's text with --update-readme, checked before any work; raises UserError."""
+    if not args.update_readme:
+        return None
+    if args.smoke or args.holdout or args.checkpoints:
+        raise UserError("--update-readme takes a whole run on the test set, nothing else")
+    try:
+        readme = README.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {README.name}: {error.strerror}") from None
+    readme_with(readme, "")
+    return readme
 
 
 @user_errors_exit_2
@@ -342,9 +391,14 @@ def main():
         print(inspection(args.inspect))
         return
     run = run_name(args)
+    metrics, table = results_dir(run) / "metrics.json", results_dir(run) / "table.md"
+    readme = readme_to_update(args)
     paths = args.checkpoints or find_checkpoints(run)
-    for path in paths:
-        load_checkpoint(path)  # every file is checked before minutes are spent on the first
+    if not args.checkpoints:
+        require_complete(paths, metrics)
+        require_writable(results_dir(run))
+    for path in paths:  # every file is checked before minutes are spent on the first
+        require_unseen_holdout(load_checkpoint(path), args.holdout and not args.smoke)
     device = pick_device(args.device)
     data, test_set = load_images(args)
     rows = []
@@ -352,19 +406,14 @@ def main():
         rows.append(evaluate_checkpoint(path, data, test_set, device))
         print(f"{path.stem}: {rows[-1]['accuracy_percent']:.2f} % of {len(data[1]):,} images")
     rows = sorted(compare(rows), key=sort_key)
-
-    block = tables(rows)
-    readme = REPOSITORY / "README.md"
-    new_readme = (
-        readme_with(readme.read_text(encoding="utf-8"), block) if args.update_readme else ""
-    )
-    write_json(results_dir(run) / "metrics.json", rows)
-    write_text(results_dir(run) / "table.md", block)
-    if args.update_readme:
-        write_text(readme, new_readme)
-    print(
-        f"\n{block}\nwrote {results_dir(run) / 'metrics.json'} and {results_dir(run) / 'table.md'}"
-    )
+    print(f"\n{tables(rows)}")
+    if args.checkpoints:
+        return
+    write_json(metrics, rows)
+    write_text(table, tables(rows))
+    if readme is not None:
+        write_text(README, readme_with(readme, tables(rows)))
+    print(f"wrote {metrics} and {table}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def read_rows(path: Path) -> list[dict]:
         name = row.get("variant")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f'{path}: row {number} has no name under "variant"; run: {MADE_BY}')
+        if not isinstance(row.get("seed", 0), int):
+            raise UserError(f'{path}: row {number} ({name}): "seed" is no integer; run: {MADE_BY}')
         needed = ["accuracy_percent", *(key for key, _, _ in PANELS)]
         for key in needed + [key for key in CI_KEYS if row.get(key) is not None]:
             low, high = (0, 100) if key.startswith("accuracy") else COST_RANGE
@@ -231,7 +233,7 @@ def set_accuracy_axis(axes, rows) -> None:
     low, high = min(own + references), max(own + references)
     low, high = low - 0.4 - 0.04 * (high - low), high + 0.2 + 0.04 * (high - low)
     axes[0].set_ylim(low, high)  # before the scale, which has no room outside its ends
-    label = "CIFAR-10 test accuracy (%)"
+    label = f"accuracy (%), {rows[0].get('test_set', 'CIFAR-10 test set')}"
     ticks = MaxNLocator(8, steps=TICK_STEPS).tick_values(low, high)
     if min(references) < min(own) - BAND_GAP:
         edge = np.floor(2 * min(own) - 0.2) / 2
@@ -375,8 +377,8 @@ def legend_handles(rows) -> list[Line2D]:
 
 def draw(rows: list[dict]) -> Figure:
     """The whole picture, of the rows with the lowest seed."""
-    lowest = min(row.get("seed") or 0 for row in rows)
-    rows = [row for row in rows if (row.get("seed") or 0) == lowest]
+    lowest = min(row.get("seed", 0) for row in rows)
+    rows = [row for row in rows if (row.get("seed", 0)) == lowest]
     figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no window system needed, and text can be measured
     figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=0.195, wspace=0.06)
@@ -416,12 +418,13 @@ def main() -> None:
         "--metrics",
         type=Path,
         metavar="FILE",
-        help="rows to draw (default: the run's metrics.json)",
+        help="rows to draw, the pictures beside it (default: the run's metrics.json)",
     )
     args = parser.parse_args()
-    folder = results_dir(args.run)
+    metrics = args.metrics or results_dir(args.run) / "metrics.json"
+    folder = metrics.parent
 
-    figure = draw(read_rows(args.metrics or folder / "metrics.json"))
+    figure = draw(read_rows(metrics))
     png, svg = folder / "optimization_results.png", folder / "optimization_results.svg"
     matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
     with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:

@@ -24,27 +24,24 @@ from edgecnn.checkpoint import (
     load_checkpoint,
     parent_fields,
     provenance,
-    save_checkpoint,
-    sha256,
+    publish,
+    require_unseen_holdout,
 )
-from edgecnn.cli import Parser, add_run_arguments, add_training_arguments, fraction, run_name
+from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
 from edgecnn.files import (
     DEFAULT_CRITERION,
     checkpoints_dir,
+    require_writable,
     results_dir,
     user_errors_exit_2,
     variant_name,
-    write_json,
 )
-from edgecnn.model import EdgeCNN, weight_layers
-from edgecnn.train import Recipe, fit, pick_device
+from edgecnn.model import weight_layers
+from edgecnn.train import Recipe, environment, fit, pick_device
 
 # The fine-tuning recipe, chosen with --holdout.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
-WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.1
-SMOKE_EPOCHS = 2
 SPARSITY = 0.5
 CRITERIA = ("l1", "l1-normalized")
 
@@ -115,7 +112,7 @@ def parse_arguments():
     )
     parser.add_argument(
         "--sparsity",
-        type=fraction,
+        type=sparsity,
         default=SPARSITY,
         help="share of all weights set to zero, in [0, 1); 0 = the dense control (default: 0.5)",
     )
@@ -126,27 +123,30 @@ def parse_arguments():
         help="l1 = smallest magnitudes of the whole network; l1-normalized = lowest magnitude "
         "ranks within their layer (default: %(default)s)",
     )
-    add_training_arguments(parser, RECIPE)
-    add_run_arguments(parser)
-    args = parser.parse_args()
-    args.epochs = args.epochs or (SMOKE_EPOCHS if args.smoke else RECIPE["epochs"])
-    return args
+    return parse_training_arguments(parser, RECIPE)
 
 
-def fine_tune(model: EdgeCNN, masks: dict, args, train, validation, resume_path, parent: dict):
-    """The shared loop with the zeros held after every optimizer step; returns the history."""
-    recipe = Recipe(
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        label_smoothing=LABEL_SMOOTHING,
-        seed=args.seed,
-        start=f"{parent['parent_sha256']} at {args.sparsity} {args.criterion}, {len(train[1])} images",
-    )
-    device = pick_device(args.device)
-    masks = {name: mask.to(device) for name, mask in masks.items()}
-    return fit(
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    device, run = pick_device(args.device), run_name(args)
+    require_writable(checkpoints_dir(run), results_dir(run))
+    method = f"pruned_{100 * args.sparsity:g}" if args.sparsity else "control"
+    name = variant_name(method, "fp32", args.criterion, args.seed)
+    default_parent = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
+    parent_path = args.checkpoint or default_parent
+    parent = load_checkpoint(parent_path, "fp32")
+    require_unseen_holdout(parent, args.holdout)
+    model = fp32_model(parent)
+    train, validation = load_training(args.data_dir, args.holdout, args.smoke)
+
+    masks = prune_globally(model, args.sparsity, args.criterion)
+    masks = {layer: mask.to(device) for layer, mask in masks.items()}
+    lineage = parent_fields(parent_path)
+    pruning = f"{lineage['parent_sha256']} at {args.sparsity} {args.criterion}"
+    recipe = Recipe.from_arguments(args, f"{pruning}, {len(train[1])} images")
+    resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
+    history = fit(
         model,
         train,
         recipe,
@@ -157,38 +157,12 @@ def fine_tune(model: EdgeCNN, masks: dict, args, train, validation, resume_path,
         after_step=lambda: hold_zeros(model, masks),
     )
 
-
-@user_errors_exit_2
-def main():
-    args = parse_arguments()
-    run = run_name(args)
-    method = f"pruned_{100 * args.sparsity:g}" if args.sparsity else "control"
-    name = variant_name(method, "fp32", args.criterion, args.seed)
-    default_parent = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
-    parent_path = args.checkpoint or default_parent
-    model = fp32_model(load_checkpoint(parent_path, "fp32"))
-    parent = parent_fields(parent_path)
-    train, validation = load_training(args.data_dir, args.holdout, args.smoke)
-
-    masks = prune_globally(model, args.sparsity, args.criterion)
-    resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
-    history = fine_tune(model, masks, args, train, validation, resume_path, parent)
-    model.cpu()
-
-    criterion = args.criterion if args.sparsity else None
-    origin = provenance(
-        name, vars(args), method=method, criterion=criterion, seed=args.seed, **parent
-    )
-    path = checkpoints_dir(run) / f"{name}.pt"
-    save_checkpoint(path, "fp32", fp32_tensors(model), origin, packed=args.sparsity > 0)
-    result = {
-        "checkpoint_sha256": sha256(path),
-        "layer_sparsity_percent": layer_sparsity_percent(model),
-        "history": history,
-    }
-    write_json(results_dir(run) / f"{name}.json", {**origin, **result})
-    resume_path.unlink()
-    print(f"wrote {path} ({path.stat().st_size:,} bytes) and {results_dir(run) / name}.json")
+    lineage |= {"method": method, "criterion": args.criterion if args.sparsity else None}
+    origin = provenance(name, args, **lineage, seed=args.seed, holdout=args.holdout)
+    zeros = {"layer_sparsity_percent": layer_sparsity_percent(model)}
+    result = {**environment(device), **zeros, "history": history}
+    publish(run, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
+    resume_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

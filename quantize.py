@@ -27,19 +27,18 @@ from edgecnn.checkpoint import (
     load_checkpoint,
     parent_fields,
     provenance,
-    save_checkpoint,
-    sha256,
+    publish,
 )
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import load_training, normalize
 from edgecnn.files import (
     UserError,
     checkpoints_dir,
+    require_writable,
     results_dir,
     user_errors_exit_2,
-    write_json,
 )
-from edgecnn.model import EdgeCNN, fold_batch_norm
+from edgecnn.model import ARCHITECTURE, EdgeCNN, fold_batch_norm
 from edgecnn.train import predict
 
 ENGINE = "qnnpack"  # ARM's engine: what a phone or a Raspberry Pi runs; slow on x86
@@ -65,7 +64,9 @@ warnings.filterwarnings("ignore", message=".*quantized tensor creation functions
 
 def qconfig(per_channel: bool) -> tq.QConfig:
     """Histogram-calibrated unsigned activations, symmetric weights that never use -128."""
-    activation = tq.HistogramObserver.with_args(dtype=torch.quint8, reduce_range=False)
+    # x86's 8-bit dot product saturates without VNNI; torch's defaults spare it the eighth bit too.
+    reduce_range = torch.backends.quantized.engine in ("fbgemm", "x86")
+    activation = tq.HistogramObserver.with_args(dtype=torch.quint8, reduce_range=reduce_range)
     weight = {"dtype": torch.qint8, "quant_min": -127, "quant_max": 127}
     if per_channel:
         observer = tq.PerChannelMinMaxObserver.with_args(
@@ -147,8 +148,16 @@ def int8_model(checkpoint: dict) -> nn.Sequential:
 
     Raises UserError when this torch lacks the engine or the tensors do not fit.
     """
-    quantization, tensors = checkpoint["quantization"], checkpoint["tensors"]
-    set_engine(quantization["engine"])
+    set_engine(checkpoint["quantization"].get("engine"))
+    try:
+        return int8_graph(checkpoint["tensors"], checkpoint["quantization"]).eval()
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None
+
+
+def int8_graph(tensors: dict[str, torch.Tensor], quantization: dict) -> nn.Sequential:
+    """The quantized modules in deployed order, packed for the selected engine."""
     graph = nn.Sequential()
     graph.append(
         nnq.Quantize(quantization["input_scale"], quantization["input_zero_point"], torch.quint8)
@@ -167,7 +176,7 @@ def int8_model(checkpoint: dict) -> nn.Sequential:
         if values.ndim == 4:
             graph.add_module(f"{name}_pool", nn.MaxPool2d(2))
     graph.add_module("dequantize", nnq.DeQuantize())
-    return graph.eval()
+    return graph
 
 
 def set_engine(engine: str) -> None:
@@ -208,39 +217,37 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run = run_name(args)
+    require_writable(checkpoints_dir(run), results_dir(run))
+    set_engine(args.engine)
     parent_path = args.checkpoint or checkpoints_dir(run) / "baseline_fp32.pt"
     parent = load_checkpoint(parent_path, "fp32")
-    set_engine(args.engine)
-    name = parent_path.stem.removesuffix("_fp32") + "_int8"
-    (images, _), _ = load_training(args.data_dir, holdout=False, smoke=args.smoke)
+    ancestry = parent["provenance"]
+    holdout = ancestry.get("holdout", False)  # then the calibration sees no validation image either
+    (images, _), _ = load_training(args.data_dir, holdout, args.smoke)
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
     chosen = torch.randperm(len(images), generator=generator)[: args.calibration_images]
 
     model = fp32_model(parent)
     tensors, quantization = to_tensors(quantize_model(model, images[chosen], args.engine))
     quantization["engine"] = args.engine
-
-    inherited = {key: parent["provenance"][key] for key in ("method", "criterion", "seed")}
-    origin = provenance(name, vars(args), **inherited, **parent_fields(parent_path))
-    path = checkpoints_dir(run) / f"{name}.pt"
-    packed = parent["provenance"]["method"].startswith("pruned")
-    save_checkpoint(path, "int8", tensors, origin, quantization, packed)
-
-    deployed = int8_model(load_checkpoint(path, "int8"))
+    deployed = int8_model({"tensors": tensors, "quantization": quantization})
     agree = predict(deployed, images[chosen]) == predict(model, images[chosen])
     calibration = {
-        "source": "training images",
+        "source": f"{len(images):,} training images",
         "images": len(chosen),
         "indices_sha256": hashlib.sha256(chosen.numpy().data).hexdigest(),
         "agreement_with_parent_percent": 100 * agree.double().mean().item(),
     }
-    result = {"checkpoint_sha256": sha256(path), "calibration": calibration, **quantization}
-    write_json(results_dir(run) / f"{name}.json", {**origin, **result})
-    print(
-        f"{name}: {path.stat().st_size:,} bytes, agrees with {parent_path.stem} on "
-        f"{calibration['agreement_with_parent_percent']:.2f} % of the calibration images\n"
-        f"wrote {path} and {results_dir(run) / name}.json"
-    )
+
+    name = parent_path.stem.removesuffix("_fp32") + "_int8"
+    lineage = {key: ancestry[key] for key in ("method", "criterion", "seed")}
+    lineage |= parent_fields(parent_path)
+    origin = provenance(name, args, **lineage, holdout=holdout)
+    packed = lineage["method"].startswith("pruned")
+    result = {"calibration": calibration, **quantization}
+    publish(run, origin, "int8", tensors, result, quantization=quantization, packed=packed)
+    percent = calibration["agreement_with_parent_percent"]
+    print(f"{name} agrees with {parent_path.stem} on {percent:.2f} % of the calibration images")
 
 
 if __name__ == "__main__":

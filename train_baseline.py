@@ -10,68 +10,42 @@ Writes  checkpoints/baseline_fp32.pt  results/baseline_fp32.json
 
 import torch
 
-from edgecnn.checkpoint import fp32_tensors, provenance, save_checkpoint, sha256
-from edgecnn.cli import Parser, add_run_arguments, add_training_arguments, run_name
+from edgecnn.checkpoint import fp32_tensors, provenance, publish
+from edgecnn.cli import Parser, parse_training_arguments, run_name
 from edgecnn.data import load_training
 from edgecnn.files import (
     checkpoints_dir,
+    require_writable,
     results_dir,
     user_errors_exit_2,
     variant_name,
-    write_json,
 )
 from edgecnn.model import EdgeCNN
-from edgecnn.train import Recipe, fit, pick_device
+from edgecnn.train import Recipe, environment, fit, pick_device
 
 # The recipe, chosen with --holdout.
 RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
-WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.1
-SMOKE_EPOCHS = 2
-
-
-def parse_arguments():
-    parser = Parser(__doc__)
-    add_training_arguments(parser, RECIPE)
-    add_run_arguments(parser)
-    args = parser.parse_args()
-    args.epochs = args.epochs or (SMOKE_EPOCHS if args.smoke else RECIPE["epochs"])
-    return args
 
 
 @user_errors_exit_2
 def main():
-    args = parse_arguments()
+    args = parse_training_arguments(Parser(__doc__), RECIPE)
     device, run = pick_device(args.device), run_name(args)
+    require_writable(checkpoints_dir(run), results_dir(run))
     name = variant_name("baseline", "fp32", seed=args.seed)
-    checkpoint_path = checkpoints_dir(run) / f"{name}.pt"
     resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
     train, validation = load_training(args.data_dir, args.holdout, args.smoke)
 
     torch.manual_seed(args.seed)
     model = EdgeCNN()
-    recipe = Recipe(
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        label_smoothing=LABEL_SMOOTHING,
-        seed=args.seed,
-        start=f"random weights, {len(train[1])} images",
-    )
+    recipe = Recipe.from_arguments(args, f"random weights, {len(train[1])} images")
     history = fit(model, train, recipe, device, validation, resume_path, args.resume)
 
-    origin = provenance(
-        name, vars(args), method="baseline", criterion=None, seed=args.seed, parent=None
-    )
-    save_checkpoint(checkpoint_path, "fp32", fp32_tensors(model), origin)
-    digest = sha256(checkpoint_path)
-    write_json(
-        results_dir(run) / f"{name}.json",
-        {**origin, "checkpoint_sha256": digest, "device": str(device), "history": history},
-    )
-    resume_path.unlink()
-    print(f"wrote {checkpoint_path} and {results_dir(run) / name}.json")
+    lineage = {"method": "baseline", "criterion": None, "parent": None}
+    origin = provenance(name, args, **lineage, seed=args.seed, holdout=args.holdout)
+    result = {**environment(device), "history": history}
+    publish(run, origin, "fp32", fp32_tensors(model), result)
+    resume_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

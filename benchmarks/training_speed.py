@@ -29,13 +29,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from edgecnn.checkpoint import git_commit
+from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import CROP_PADDING, MEAN, STD, load_training
 from edgecnn.files import results_dir, user_errors_exit_2, write_json
-from edgecnn.model import CHANNELS, EdgeCNN
-from edgecnn.train import Recipe, fit
-from train_baseline import LABEL_SMOOTHING, RECIPE, WEIGHT_DECAY
+from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
+from edgecnn.train import LABEL_SMOOTHING, MOMENTUM, WEIGHT_DECAY, Recipe, environment, fit
+from mac_hooks import count_macs
+from train_baseline import RECIPE
 
 ROUNDS = 5
 TIMED_BATCHES = 50  # a contestant and round, after WARM_UP_BATCHES
@@ -44,15 +45,14 @@ WORKERS = (0, 1, 2)  # what the tutorial loop may choose from
 MATRIX = 2048  # edge of the square FP32 product that gives the machine's own rate
 TARGET_PERCENT = 78.73  # the original project's baseline accuracy
 SCHEDULES = (3, 4, 5, 6, 8)  # epochs, tried from the shortest
-TRAINING_FLOPS = (
-    6 * 10_848_768
-)  # an image: 2 a MAC, forward, gradient of inputs, gradient of weights
+# An image: 2 a MAC, for the forward pass, the gradient of inputs and the gradient of weights.
+TRAINING_FLOPS = 6 * count_macs(EdgeCNN(), IMAGE_SHAPE).macs
 
 
 def recipe(epochs: int) -> Recipe:
     """The baseline's recipe over another number of epochs."""
     rate, batch = RECIPE["learning_rate"], RECIPE["batch_size"]
-    return Recipe(epochs, batch, rate, WEIGHT_DECAY, LABEL_SMOOTHING, seed=0, start="benchmark")
+    return Recipe(epochs, batch, rate, seed=0, start="benchmark")
 
 
 def matrix_flops_per_s() -> float:
@@ -119,7 +119,11 @@ def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
     )
     model = tutorial_network()
     optimizer = torch.optim.SGD(
-        model.parameters(), RECIPE["learning_rate"], 0.9, weight_decay=WEIGHT_DECAY, nesterov=True
+        model.parameters(),
+        RECIPE["learning_rate"],
+        MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        nesterov=True,
     )
     last = min(WARM_UP_BATCHES + TIMED_BATCHES, len(loader))
     warm_up = min(WARM_UP_BATCHES, last - 1)
@@ -204,12 +208,11 @@ def main():
         "time_to_target": [] if args.smoke else time_to_target(args.data_dir),
         "target_validation_accuracy_percent": TARGET_PERCENT,
         "batch_size": RECIPE["batch_size"],
-        "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch_version": str(torch.__version__),
-        "commit": git_commit(),
+        **environment(torch.device("cpu")),
+        "commit": COMMIT,
     }
     path = results_dir(run_name(args)) / "training_speed.json"
     write_json(path, result)

@@ -5,6 +5,7 @@ a tensor, or a packed weight as packing.py writes it), quantization (int8 only: 
 points) and provenance (variant, parent, arguments, versions, commit, date).
 """
 
+import argparse
 import hashlib
 import io
 import subprocess
@@ -15,13 +16,36 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config as serialization_config
 
-from edgecnn.files import NAME_PATTERN, REPOSITORY, UserError, atomic_path
+from edgecnn.files import (
+    NAME_PATTERN,
+    REPOSITORY,
+    UserError,
+    atomic_path,
+    checkpoints_dir,
+    results_dir,
+    write_json,
+)
 from edgecnn.model import ARCHITECTURE, EdgeCNN
 from edgecnn.packing import pack, unpack
 
 FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
 COUNTER = "num_batches_tracked"
+PRECISIONS = ("fp32", "int8")
+ORIGIN_KEYS = ("method", "criterion", "seed", "parent", "arguments", "torch_version", "commit")
+ORIGIN_KEYS += ("date_utc",)
 KEYS = ("architecture", "precision", "tensors", "provenance")
+
+
+def write_torch(path: Path, value) -> None:
+    """torch.save, atomically; raises UserError when the folder is unwritable or full.
+
+    By way of a buffer: torch.save raises no OSError, and would name every record after the path.
+    """
+    buffer = io.BytesIO()
+    with serialization_config.patch("save.storage_alignment", 8):  # 64 pads every small tensor
+        torch.save(value, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def sha256(path: Path) -> str:
@@ -42,18 +66,21 @@ def git_commit() -> str | None:
         return None
 
 
-def provenance(variant: str, arguments: dict, **fields) -> dict:
+COMMIT = git_commit()  # at the start: the sources may change while a run trains
+
+
+def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
     """How a file came to be: plain values, the same in the checkpoint and in its JSON."""
     return {
         "variant": variant,
         **fields,
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
-            for key, value in arguments.items()
+            for key, value in vars(args).items()
             if value is not None
         },
         "torch_version": str(torch.__version__),
-        "commit": git_commit(),
+        "commit": COMMIT,
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -86,11 +113,21 @@ def save_checkpoint(
     }
     if quantization is not None:
         checkpoint["quantization"] = quantization
-    buffer = io.BytesIO()  # torch.save would name every record after a path
-    with serialization_config.patch("save.storage_alignment", 8):  # 64 pads every small tensor
-        torch.save(checkpoint, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_torch(path, checkpoint)
+
+
+def publish(run: str, origin: dict, precision: str, tensors: dict, result: dict, **stored) -> Path:
+    """Write a step's checkpoint, then its JSON: provenance, the file's SHA-256 and `result`.
+
+    `stored` goes to save_checkpoint. The old JSON goes first: it never stands beside a new file.
+    """
+    path = checkpoints_dir(run) / f"{origin['variant']}.pt"
+    json_path = results_dir(run) / f"{origin['variant']}.json"
+    json_path.unlink(missing_ok=True)
+    save_checkpoint(path, precision, tensors, origin, **stored)
+    write_json(json_path, {**origin, "checkpoint_sha256": sha256(path), **result})
+    print(f"wrote {path} ({path.stat().st_size:,} bytes) and {json_path}")
+    return path
 
 
 def made_by(path: Path) -> str:
@@ -104,6 +141,10 @@ def made_by(path: Path) -> str:
         command = f"python prune_finetune.py --sparsity {float(name['percent']) / 100:g}"
         command += f" --criterion {name['criterion']}" if name["criterion"] else ""
     command += f" --seed {name['seed']}" if name and name["seed"] else ""
+    folder = path.parent.name if path.parent.parent == checkpoints_dir() else ""
+    command += (
+        f" --{folder}" if folder in ("smoke", "holdout") else f" --run {folder}" * bool(folder)
+    )
     if name and name["precision"] == "int8":
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
@@ -124,7 +165,7 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
             raise ValueError("truncated, or not written by torch.save")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip and pickle each have errors of their own
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "weights only" in reason.lower():
             reason = "it holds Python objects besides tensors, which are refused, never executed"
         raise UserError(f"{path} is not a readable checkpoint ({reason}); {again}") from None
@@ -140,6 +181,13 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
         raise UserError(
             f"{path} holds the architecture {checkpoint['architecture']}, not {ARCHITECTURE}; {again}"
         )
+    missing = [key for key in ORIGIN_KEYS if key not in checkpoint["provenance"]]
+    if missing:
+        raise UserError(f"{path}: its provenance lacks {', '.join(missing)}; {again}")
+    if checkpoint["precision"] not in PRECISIONS:
+        raise UserError(f"{path}: precision {checkpoint['precision']} is not known; {again}")
+    if checkpoint["precision"] == "int8" and "quantization" not in checkpoint:
+        raise UserError(f"{path} lacks `quantization`, its scales and zero points; {again}")
     if precision not in (None, checkpoint["precision"]):
         raise UserError(
             f"{path} is {checkpoint['precision']}, and this step takes {precision}; "
@@ -152,7 +200,20 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
         }
     except Exception as error:  # lzma, numpy and ValueError alike
         raise UserError(f"{path} has a damaged weight ({error}); {again}") from None
+    for name, tensor in checkpoint["tensors"].items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; {again}")
     return checkpoint
+
+
+def require_unseen_holdout(checkpoint: dict, holdout: bool) -> None:
+    """Raise UserError when a validation figure is asked of weights that saw the validation images."""
+    origin = checkpoint["provenance"]
+    if holdout and not origin.get("holdout"):
+        raise UserError(
+            f"{origin['variant']} was trained on the validation images too; "
+            "train it with --holdout, or leave --holdout out"
+        )
 
 
 def precision_hint(origin: dict, precision: str) -> str:

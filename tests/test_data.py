@@ -62,8 +62,8 @@ def test_falls_back_to_the_second_source_and_says_so(tiny, workdir, monkeypatch,
     images, labels = data.load_split("train", workdir)
     assert torch.equal(images, tiny["train"][0]) and torch.equal(labels, tiny["train"][1])
     captured = capsys.readouterr()
-    assert "torchvision: no network; trying the next source" in captured.err
-    assert "fetched by npm" in captured.out
+    assert "CIFAR-10 not by torchvision: no network" in captured.err
+    assert "fetched by npm instead" in captured.out
 
 
 def test_wrong_bytes_from_every_source_name_the_file_to_put_where(tiny, workdir, monkeypatch):

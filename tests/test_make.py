@@ -32,7 +32,8 @@ def finish(folder):
     for path in ("checkpoints", "results"):
         (folder / path).mkdir(exist_ok=True)
     names = [f"results/{variant}.json" for variant in VARIANTS]
-    names += ["results/metrics.json", "results/optimization_results.png"]
+    names += ["results/table.md", "results/metrics.json"]
+    names += ["results/optimization_results.svg", "results/optimization_results.png"]
     for age, name in enumerate(names):
         (folder / name).touch()
         os.utime(folder / name, (1e9 + 100 + age, 1e9 + 100 + age))
@@ -77,6 +78,28 @@ def test_a_change_redoes_what_depends_on_it(clone, changed, rerun):
     finish(clone)
     os.utime(clone / changed, (2e9, 2e9))
     assert steps(clone) == rerun
+
+
+def test_an_interrupted_or_changed_reference_run_does_only_what_is_missing(clone):
+    done = clone / "checkpoints/reference/.done"
+    done.mkdir()
+    for step in ("baseline", "pruned_50", "control", "pruned_50_l1"):
+        for seed in range(3):
+            (done / f"{step}-{seed}").touch()
+            (done / f"int8-{step}-{seed}").touch()
+    assert steps(clone, "reference") == ["evaluate.py", "plot_pareto.py"]
+    (done / "pruned_50-1").unlink()
+    assert steps(clone, "reference")[:2] == ["prune_finetune.py", "quantize.py"]
+    os.utime(clone / "quantize.py", (4e9, 4e9))
+    assert steps(clone, "reference").count("quantize.py") == 12
+    assert "train_baseline.py" not in steps(clone, "reference")
+
+
+@pytest.mark.parametrize("name", ["table.md", "optimization_results.svg"])
+def test_a_lost_result_is_made_again(clone, name):
+    finish(clone)
+    (clone / "results" / name).unlink()
+    assert steps(clone)[-1] == "plot_pareto.py"
 
 
 def test_a_lost_checkpoint_is_made_again(clone):

@@ -72,7 +72,7 @@ def test_zeros_hold_after_every_step_and_kept_weights_move():
             assert torch.equal(zeros.view(torch.int32), torch.zeros(len(zeros), dtype=torch.int32))
         steps.append(moved)
 
-    recipe = Recipe(2, 64, 0.1, 5e-4, 0.1, seed=0, start="test")
+    recipe = Recipe(2, 64, 0.1, seed=0, start="test")
     fit(model, load_sample()[0], recipe, torch.device("cpu"), after_step=check)
     assert len(steps) == 12 and any(steps)  # without the hook the optimizer does revive them
     for name, layer in weight_layers(model).items():

@@ -109,7 +109,7 @@ def test_file_size_and_calibration_are_recorded(smoke):
     assert path.stat().st_size <= 0.64 * 2**20
     result = json.loads((smoke / "results/smoke/baseline_int8.json").read_text())
     assert result["engine"] == "qnnpack"
-    assert result["calibration"]["source"] == "training images"
+    assert result["calibration"]["source"] == "390 training images"
     assert set(result["layers"]) == set(LAYERS)
     for layer in result["layers"].values():
         assert layer["output_scale"] > 0 and layer["weight_zero_point"] == 0

@@ -20,7 +20,7 @@ from edgecnn.train import Recipe, fit, one_cycle
 def trained(epochs=2, seed=3, **keywords):
     torch.manual_seed(seed)
     model = EdgeCNN()
-    recipe = Recipe(epochs, 64, 0.1, 5e-4, 0.1, seed=seed, start="test")
+    recipe = Recipe(epochs, 64, 0.1, seed=seed, start="test")
     history = fit(model, load_sample()[0], recipe, torch.device("cpu"), **keywords)
     return model.state_dict(), history
 
@@ -133,7 +133,7 @@ def test_divergence_late_in_a_run_keeps_the_last_good_epoch(tmp_path):
             with torch.no_grad():
                 model.fc2.weight[0, 0] = float("nan")
 
-    recipe = Recipe(3, 64, 0.1, 5e-4, 0.1, seed=0, start="test")
+    recipe = Recipe(3, 64, 0.1, seed=0, start="test")
     with pytest.raises(UserError, match="epoch 2"):
         fit(
             model,
