@@ -25,6 +25,7 @@ from edgecnn.checkpoint import (
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import Split, load_sample, load_split, load_training
 from edgecnn.files import (
+    DEFAULT_CRITERION,
     REPOSITORY,
     UserError,
     checkpoints_dir,
@@ -164,16 +165,11 @@ def compare(rows: list[dict]) -> list[dict]:
 
 
 def sort_key(row: dict):
-    """Baseline, controls, then pruned variants by sparsity; the default criterion first; by seed."""
-    family = row["method"].split("_")[0]
+    """Baseline, controls, then pruned variants by percent; the default criterion first; by seed."""
+    family, _, percent = row["method"].partition("_")
     order = METHOD_ORDER.index(family) if family in METHOD_ORDER else len(METHOD_ORDER)
-    return (
-        order,
-        round(row["sparsity_percent"]),
-        len(group(row)),
-        group(row),
-        row["seed"],
-    )
+    criterion = "" if row["criterion"] == DEFAULT_CRITERION else row["criterion"] or ""
+    return order, percent.zfill(8), criterion, group(row), row["seed"]
 
 
 # ---- showing -----------------------------------------------------------------------------------

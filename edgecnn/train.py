@@ -83,6 +83,7 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 @torch.inference_mode()
 def predict(model: nn.Module, images: torch.Tensor, device: torch.device | str = "cpu"):
     """Predicted classes, int64 (N,), of uint8 (N, 3, 32, 32) images, in evaluation mode."""
+    keep_freed_memory()
     model.eval()
     batches = images.split(EVALUATION_BATCH)
     return torch.cat([model(normalize(batch.to(device))).argmax(1).cpu() for batch in batches])
