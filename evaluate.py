@@ -33,6 +33,7 @@ from edgecnn.files import (
     require_writable,
     results_dir,
     user_errors_exit_2,
+    variant_name,
     write_json,
     write_text,
 )
@@ -133,6 +134,17 @@ def group(row: dict) -> str:
     return row["variant"].replace(f"_seed{row['seed']}_", "_")
 
 
+def difference(row: dict, other: dict | None) -> float | None:
+    """Accuracy of `row` above `other`'s, in points; None without the other."""
+    return other and round(row["accuracy_percent"] - other["accuracy_percent"], 4)
+
+
+def per_seed(runs: list[dict], key: str) -> str:
+    """A signed figure of every run, or a dash where one lacks it."""
+    values = [run[key] for run in runs]
+    return "-" if None in values else " ".join(f"{value:+.2f}" for value in values)
+
+
 def compare(rows: list[dict]) -> list[dict]:
     """Rows with what needs the others: change against the parent, dominance, statistics over seeds.
 
@@ -146,13 +158,16 @@ def compare(rows: list[dict]) -> list[dict]:
         parent = by_name.get(row["parent"])
         if parent is not None and parent["checkpoint_sha256"] != row["parent_sha256"]:
             parent = None  # the parent was trained again since: a difference would mean nothing
-        change = row["accuracy_percent"] - parent["accuracy_percent"] if parent else None
+        # The same fine-tuning without pruning is what a pruned variant has to be held against.
+        control = by_name.get(variant_name("control", row["precision"], seed=row["seed"]))
+        control = control if row["method"].startswith("pruned") else None
         better = [other for other in rows if other["seed"] == row["seed"] and dominates(other, row)]
         runs = [other["accuracy_percent"] for other in rows if group(other) == group(row)]
         compared.append(
             {
                 **row,
-                "accuracy_change_points": None if change is None else round(change, 4),
+                "accuracy_change_points": difference(row, parent),
+                "accuracy_change_vs_control_points": difference(row, control),
                 "dominated_by": max(better, key=lambda r: r["accuracy_percent"])["variant"]
                 if better
                 else None,
@@ -168,8 +183,9 @@ def sort_key(row: dict):
     """Baseline, controls, then pruned variants by percent; the default criterion first; by seed."""
     family, _, percent = row["method"].partition("_")
     order = METHOD_ORDER.index(family) if family in METHOD_ORDER else len(METHOD_ORDER)
+    sparsity = float(percent) if percent.replace(".", "", 1).isdecimal() else 0.0
     criterion = "" if row["criterion"] == DEFAULT_CRITERION else row["criterion"] or ""
-    return order, percent.zfill(8), criterion, group(row), row["seed"]
+    return order, sparsity, criterion, group(row), row["seed"]
 
 
 # ---- showing -----------------------------------------------------------------------------------
@@ -229,7 +245,6 @@ def seed_table(rows: list[dict]) -> str:
         if len(runs) < 2:
             continue
         accuracies = [run["accuracy_percent"] for run in runs]
-        changes = [run["accuracy_change_points"] for run in runs]
         lines.append(
             [
                 name,
@@ -237,13 +252,14 @@ def seed_table(rows: list[dict]) -> str:
                 f"{runs[0]['accuracy_mean_percent']:.2f}",
                 f"{runs[0]['accuracy_std_points']:.2f}",
                 f"{min(accuracies):.2f}-{max(accuracies):.2f}",
-                "-" if None in changes else " ".join(f"{change:+.2f}" for change in changes),
+                per_seed(runs, "accuracy_change_points"),
+                per_seed(runs, "accuracy_change_vs_control_points"),
                 f"{statistics.mean(run['macs_nonzero'] for run in runs) / 1e6:.2f}",
             ]
         )
     header = (
         "Variant;Seeds;Mean accuracy %;Standard deviation, points;Range %;"
-        "Change against parent, a seed;Non-zero MACs M (mean)"
+        "Against parent, a seed;Against control, a seed;Non-zero MACs M (mean)"
     ).split(";")
     return markdown_table(header, lines) if lines else ""
 

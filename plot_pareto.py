@@ -55,7 +55,8 @@ REFERENCES = [
 ]
 FOOTNOTES = """
 The energy score is relative, not joules, and credits every skipped zero. Sparse kernels and NPUs \
-with weight compression do skip zeros; dense kernels run a pruned network no faster.
+with weight compression do skip zeros; dense kernels run a pruned network no faster. \
+Control: the same fine-tuning without pruning.
 Grey marks: "original project" as published by the original table; its pruned MACs and sizes were \
 assumed, not counted. ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, \
 accuracy on the 10,000 test images.

@@ -26,6 +26,8 @@ def row(variant, accuracy, size_bytes, energy, **fields):
     name = NAME_PATTERN.fullmatch(variant)
     return {
         "variant": variant,
+        "method": name["method"],
+        "precision": name["precision"],
         "seed": int(name["seed"] or 0),
         "accuracy_percent": accuracy,
         "size_bytes": size_bytes,
@@ -79,12 +81,16 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
                 parent_sha256="baseline_fp32",
             ),
             row("pruned_50_fp32", 85.5, 1000, 20.0, parent="baseline_fp32", parent_sha256="older"),
+            row("control_fp32", 85.75, 2000, 40.0),
+            row("control_seed1_fp32", 80.0, 2000, 40.0),
         ]
     )
     named = {r["variant"]: r for r in rows}
     assert named["baseline_int8"]["accuracy_change_points"] == pytest.approx(-0.1)
     assert named["pruned_50_fp32"]["accuracy_change_points"] is None  # its parent was retrained
-    assert named["baseline_fp32"]["dominated_by"] == "pruned_50_fp32"
+    assert named["pruned_50_fp32"]["accuracy_change_vs_control_points"] == -0.25
+    assert named["baseline_fp32"]["accuracy_change_vs_control_points"] is None
+    assert named["baseline_fp32"]["dominated_by"] == "control_fp32"
     assert named["baseline_seed1_fp32"]["dominated_by"] is None
     assert named["baseline_fp32"]["accuracy_mean_percent"] == 85.5
     assert named["baseline_fp32"]["accuracy_std_points"] == pytest.approx(0.5**0.5, abs=1e-3)
