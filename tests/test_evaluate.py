@@ -187,7 +187,7 @@ def test_committed_figures_meet_the_bars(reference_rows):
 
 
 def test_numbers_in_the_readme_prose_are_in_the_committed_json(reference_rows):
-    """Every `name: 12.34` the prose quotes in code marks stands so in metrics.json or training_speed.json."""
+    """Every `variant.key` = 12.34 of the prose is the committed JSON's value, rounded."""
     readme = (REPOSITORY / "README.md").read_text()
     rows = {r["variant"]: r for r in reference_rows}
     speed = json.loads((REFERENCE / "training_speed.json").read_text())
