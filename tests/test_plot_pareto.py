@@ -210,11 +210,11 @@ def test_writes_png_and_svg(tmp_path, arguments, name):
 
 
 def test_other_metrics_file_and_equal_bytes_again(tmp_path):
-    write_metrics(tmp_path, FOUR).rename(tmp_path / "other.json")
+    write_metrics(tmp_path, FOUR).rename(tmp_path / "results" / "other.json")
     pictures = []
     for _ in range(2):
-        assert run(tmp_path, "--metrics", "other.json").returncode == 0
-        pictures.append([path.read_bytes() for path in sorted((tmp_path / "results").iterdir())])
+        assert run(tmp_path, "--metrics", "results/other.json").returncode == 0
+        pictures.append([p.read_bytes() for p in sorted((tmp_path / "results").glob("opt*"))])
     assert pictures[0] == pictures[1] and len(pictures[0]) == 2
 
 
@@ -315,10 +315,11 @@ def test_missing_metrics_exit_2_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unwritable_folder_exits_2(tmp_path):
+def test_unwritable_picture_exits_2(tmp_path):
     metrics = write_metrics(tmp_path, FOUR)
-    (tmp_path / "results" / "taken").write_text("a file where the run's folder should be")
-    result = run(tmp_path, "--metrics", str(metrics), "--run", "taken")
+    (metrics.parent / "optimization_results.svg").mkdir()  # refuses every user, root included
+    result = run(tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and "cannot write" in result.stderr
-    assert sorted(path.name for path in metrics.parent.iterdir()) == ["metrics.json", "taken"]
+    names = sorted(path.name for path in metrics.parent.iterdir())
+    assert names == ["metrics.json", "optimization_results.svg"]
