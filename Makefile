@@ -114,4 +114,4 @@ lint: $(TESTS_INSTALLED)
 	$(PY) -m ruff format --check .
 
 benchmark: $(INSTALLED)
-	$(PY) benchmarks/training_speed.py $(REFERENCE)
+	$(PY) benchmarks/training_speed.py
