@@ -40,7 +40,7 @@ from edgecnn.files import (
 from edgecnn.model import weight_layers
 from edgecnn.train import Recipe, environment, fit, pick_device
 
-# The fine-tuning recipe, chosen with --holdout.
+# The fine-tuning recipe, settled with --holdout.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
 SPARSITY = 0.5
 CRITERIA = ("l1", "l1-normalized")

@@ -3,7 +3,7 @@
 Reads   data/ (the 50,000 training images, fetched and verified at the first run; no test image)
 Writes  checkpoints/baseline_fp32.pt  results/baseline_fp32.json
 
-    python train_baseline.py             # about 7 minutes on two CPU cores
+    python train_baseline.py             # about 8 minutes on two CPU cores
     python train_baseline.py --holdout   # reports on 5,000 held-out training images: for choices
     python train_baseline.py --smoke     # seconds, on a small real sample, no network
 """
@@ -23,7 +23,7 @@ from edgecnn.files import (
 from edgecnn.model import EdgeCNN
 from edgecnn.train import Recipe, environment, fit, pick_device
 
-# The recipe, chosen with --holdout.
+# The recipe, settled with --holdout.
 RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
 
 
