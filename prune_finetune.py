@@ -89,7 +89,7 @@ def prune_globally(model: nn.Module, sparsity: float, criterion: str) -> dict[st
 def hold_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     """Set every masked weight to +0.0 (a product with the mask could leave -0.0)."""
     for name, layer in weight_layers(model).items():
-        layer.weight.masked_fill_(~masks[name].to(layer.weight.device), 0.0)
+        layer.weight.masked_fill_(~masks[name], 0.0)
 
 
 def layer_sparsity_percent(model: nn.Module) -> dict[str, float]:
