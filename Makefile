@@ -1,5 +1,7 @@
 # make            environment, data, the five steps, the table and the picture (one seed)
 # make test       environment + tests          make lint       ruff
+# make sweep      after make: gradual pruning to 50, 70, 80, 90 and 95 % zeros, each quantized
+# make criteria   which pruning criterion spares energy, on the validation split
 # make smoke      the whole chain on a small sample, in the folders named smoke/
 # make reference  three seeds with the controls: the files the README's figures come from
 # make benchmark  training throughput, on a quiet machine
@@ -18,7 +20,7 @@ TESTS_INSTALLED := $(VENV)/.tests-installed
 # A step's JSON is written last, so it stands for the step; another file of it, lost, forces it again.
 need = $(if $(wildcard $(1)),,FORCE)
 
-.PHONY: all test lint smoke reference benchmark FORCE
+.PHONY: all sweep criteria test lint smoke reference benchmark FORCE
 .DELETE_ON_ERROR:
 
 all: results/optimization_results.png
@@ -35,6 +37,29 @@ $(INSTALLED): requirements.txt
 $(TESTS_INSTALLED): tests/requirements.txt $(INSTALLED)
 	$(PIP) -r tests/requirements.txt
 	@touch $@
+
+# ---- the sweep: sparsity x precision ------------------------------------------------------------
+
+# The criterion that won `make criteria`; a sparsity is a share in the command, a percent in a name.
+SWEEP_CRITERION := energy
+SWEEP := --sparsity 0.5 0.7 0.8 0.9 0.95 --criterion $(SWEEP_CRITERION)
+LEVELS := $(foreach percent,50 70 80 90 95,pruned_$(percent)_$(SWEEP_CRITERION))
+LAST := $(lastword $(LEVELS))
+SWEPT := $(LEVELS:%=results/%_int8.json)
+
+sweep: results/optimization_results.png
+	@cat results/table.md
+
+# Levels made before, with the same arguments, are kept, so that a stopped sweep goes on.
+results/$(LAST)_fp32.json: results/baseline_fp32.json prune_finetune.py \
+		$(foreach level,$(LEVELS),$(call need,checkpoints/$(level)_fp32.pt))
+	$(PY) prune_finetune.py $(SWEEP) --resume
+	@touch $@
+
+.SECONDEXPANSION:
+$(SWEPT): results/%_int8.json: results/$(LAST)_fp32.json quantize.py \
+		$$(call need,checkpoints/$$*_int8.pt)
+	$(PY) quantize.py --checkpoint checkpoints/$*_fp32.pt
 
 # ---- one seed ----------------------------------------------------------------------------------
 
@@ -54,8 +79,10 @@ results/pruned_50_int8.json: results/pruned_50_fp32.json quantize.py \
 		$(call need,checkpoints/pruned_50_int8.pt)
 	$(PY) quantize.py --checkpoint checkpoints/pruned_50_fp32.pt
 
+# Variants of the sweep join the table once they exist, or are asked for.
 results/metrics.json: results/baseline_int8.json results/pruned_50_int8.json evaluate.py \
-		mac_hooks.py $(LIBRARY) $(call need,results/table.md)
+		mac_hooks.py $(LIBRARY) $(call need,results/table.md) \
+		$(if $(filter sweep,$(MAKECMDGOALS)),$(SWEPT),$(wildcard $(SWEPT)))
 	$(PY) evaluate.py
 
 results/optimization_results.png: results/metrics.json plot_pareto.py \
@@ -90,11 +117,47 @@ $(DONE)/int8-%: $(DONE)/% quantize.py
 	$(PY) quantize.py --checkpoint checkpoints/reference/$(subst -,_seed,$(subst -0,,$*))_fp32.pt
 	@touch $@
 
+# One seed of the sweep.
+$(DONE)/sweep: $(DONE)/baseline-0 prune_finetune.py
+	$(PY) prune_finetune.py $(REFERENCE) $(SWEEP) --resume
+	@touch $@
+
+$(DONE)/int8-sweep-%: $(DONE)/sweep quantize.py
+	$(PY) quantize.py --checkpoint checkpoints/reference/$*_fp32.pt
+	@touch $@
+
 STEPS := baseline pruned_50 control pruned_50_l1
 TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
-reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED))
+reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)) \
+		$(LEVELS:%=$(DONE)/int8-sweep-%)
 	$(PY) evaluate.py $(REFERENCE) --update-readme
 	$(PY) plot_pareto.py $(REFERENCE)
+
+# ---- which criterion: on the validation split, at equal effort -----------------------------------
+
+TRIED := checkpoints/holdout/.done
+TRIAL := --holdout --sparsity 0.7 0.8 0.9 0.95 --epochs 3
+CRITERIA := l1 l1-normalized lamp energy
+
+$(TRIED)/baseline: train_baseline.py $(TRAINING) | $(INSTALLED)
+	$(PY) train_baseline.py --holdout --resume
+	@mkdir -p $(TRIED) && touch $@
+
+$(TRIED)/trial-%: $(TRIED)/baseline prune_finetune.py
+	$(PY) prune_finetune.py $(TRIAL) --criterion $* --resume
+	@touch $@
+
+# The default criterion is left out of a variant's name.
+TRIALS := $(foreach percent,70 80 90 95,pruned_$(percent) \
+	$(foreach criterion,$(filter-out l1-normalized,$(CRITERIA)),pruned_$(percent)_$(criterion)))
+
+$(TRIALS:%=$(TRIED)/int8-%): $(TRIED)/int8-%: $(CRITERIA:%=$(TRIED)/trial-%) quantize.py
+	$(PY) quantize.py --checkpoint checkpoints/holdout/$*_fp32.pt
+	@touch $@
+
+criteria: $(TRIALS:%=$(TRIED)/int8-%)
+	$(PY) evaluate.py --holdout
+	$(PY) benchmarks/criteria.py
 
 # ---- checks ------------------------------------------------------------------------------------
 

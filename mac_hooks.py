@@ -94,6 +94,54 @@ def energy_score(macs: int, bits: int) -> float:
     return macs / 1e6 * bits / 8
 
 
+# Energy of one operation, 45 nm: M. Horowitz, "Computing's energy problem (and what we can do about
+# it)", ISSCC 2014, figure 1.1.9. A MAC is a multiplication and an addition; INT8 products are added
+# up in 32 bits.
+MAC_PJ = {32: 3.7 + 0.9, 16: 1.1 + 0.4, 8: 0.2 + 0.1}
+SRAM_PJ_PER_BYTE = 100 / 8  # 100 pJ a 64-bit access of a 1 MB memory, by the same figure
+DRAM_PJ_PER_BYTE = 1300 / 8  # the low end of its 1.3-2.6 nJ a 64-bit access
+# Where the weights lie; activations lie in SRAM in both.
+MEMORY_PJ_PER_BYTE = {"sram": SRAM_PJ_PER_BYTE, "dram": DRAM_PJ_PER_BYTE}
+# A real microcontroller, STM32L4R5 (Cortex-M4, 120 MHz): 5,496 uJ for the 12.5 M INT8 MACs of
+# ResNet-8, dense kernels, MLPerf Tiny v1.3, its most efficient published run on that chip.
+STM32L4R5_PJ_PER_INT8_MAC = 5496e6 / 12.5e6
+
+
+class Energy(NamedTuple):
+    """Modelled energy of one inference in microjoules, split by what it is spent on."""
+
+    arithmetic: float
+    weights: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def weight_energy_pj(uses: int, bits: int, memory: str = "sram") -> float:
+    """Picojoules that one weight costs an inference: its MACs and its one fetch from `memory`."""
+    return uses * MAC_PJ[bits] + bits / 8 * MEMORY_PJ_PER_BYTE[memory]
+
+
+def stored_bytes(weight: torch.Tensor) -> int:
+    """Bytes of a weight with the index of its non-zeros: the smallest of three plain layouts.
+
+    Dense; a one-bit-a-weight bitmap and the non-zeros; or non-zeros that each carry one byte, the
+    zeros skipped before it, with a filler of value zero for every 256 in a row (relative indexing
+    with 8 bits: Han et al., "Deep Compression", ICLR 2016). Dense on the meta device.
+    """
+    if weight.is_meta:
+        return weight.nbytes
+    values = weight.dequantize() if weight.is_quantized else weight.to_dense()
+    where = values.flatten().nonzero().flatten()
+    skipped = torch.diff(where, prepend=where.new_tensor([-1])) - 1
+    entries = len(where) + int((skipped // 256).sum())
+    size = weight.element_size()
+    bitmap = -(-weight.numel() // 8) + len(where) * size
+    return min(weight.numel() * size, bitmap, entries * (size + 1))
+
+
 # ---------------------------------------------------------------- report
 
 
@@ -105,7 +153,10 @@ class LayerCount:
     the last call) is None for a layer that the forward never ran. `bits` is the width of the
     weights, or of the activations where a layer multiplies nothing else, the widest where they
     differ; None without MACs. Parameters are those to be stored on a device: a masked or
-    parametrized weight counts as the tensor that it yields.
+    parametrized weight counts as the tensor that it yields. `stored_bytes` is what they take with
+    an index of the non-zeros. `activations_moved` counts the elements that the layer, and what
+    follows it up to the next one with MACs (pooling, additions), reads and writes when every tensor
+    crosses the memory once an operation; what works element by element is fused and moves nothing.
     """
 
     name: str
@@ -117,12 +168,35 @@ class LayerCount:
     parameters: int = 0
     nonzero_parameters: int | None = 0
     bits: int | None = None
+    stored_bytes: int = 0
+    activations_moved: int = 0
+
+    def energy_uj(self, memory: str = "sram") -> Energy:
+        """Modelled energy of one inference with the weights in `memory` ("sram" or "dram").
+
+        Assumes that zeros are skipped at no cost beyond their index, that stored weights are
+        fetched once, and activations as wide as the weights, in SRAM, moved as the class says. So
+        it is a lower bound that no kernel reaches: registers, control, leakage are left out.
+        Raises ValueError for MACs of a width without a published energy.
+        """
+        macs = self.used_macs + self.activation_macs
+        if macs and self.bits not in MAC_PJ:
+            raise ValueError(f"{self.name}: no published energy of a {self.bits}-bit MAC")
+        return Energy(
+            macs and 1e-6 * macs * MAC_PJ[self.bits],
+            1e-6 * self.stored_bytes * MEMORY_PJ_PER_BYTE[memory],
+            1e-6 * self.activations_moved * (self.bits or 0) / 8 * SRAM_PJ_PER_BYTE,
+        )
+
+    @property
+    def used_macs(self) -> int:
+        """MACs whose weight is not zero; the dense ones where zeros are unknown."""
+        return self.macs if self.nonzero_macs is None else self.nonzero_macs
 
     @property
     def energy(self) -> float:
         """Energy score of the non-zero and activation MACs; of dense ones if zeros are unknown."""
-        used = self.macs if self.nonzero_macs is None else self.nonzero_macs
-        return energy_score(used + self.activation_macs, self.bits or 0)
+        return energy_score(self.used_macs + self.activation_macs, self.bits or 0)
 
 
 @dataclass
@@ -131,12 +205,16 @@ class MacReport:
 
     `folded_macs` are products of stored tensors alone, in no column: they need computing only once.
     `uncounted` names what could not be counted (always empty unless unknown="warn").
+    `peak_activations` is the largest sum of elements of tensors alive at one time when the layers
+    run one after the other, a tensor's memory is free after its last use, and what works element by
+    element works in place: times the width of one, the RAM that activations need.
     """
 
     layers: list[LayerCount]
     input_shapes: list[tuple[int, ...]]
     folded_macs: int = 0
     uncounted: list[str] = field(default_factory=list)
+    peak_activations: int = 0
 
     @property
     def macs(self) -> int:
@@ -172,6 +250,49 @@ class MacReport:
         """Sum of the rows' relative energies."""
         return sum(layer.energy for layer in self.layers)
 
+    def energy_uj(self, memory: str = "sram") -> Energy:
+        """Sum of the rows' modelled energies; raises ValueError as LayerCount.energy_uj does."""
+        columns = zip(*(layer.energy_uj(memory) for layer in self.layers), strict=True)
+        return Energy(*map(sum, columns))
+
+    def stm32l4r5_extrapolated_uj(self) -> float | None:
+        """Microjoules on that microcontroller if each used MAC cost what one of ResNet-8 does there.
+
+        An extrapolation: another network, dense kernels, one chip; zeros skipped at no cost. None
+        unless all weights are INT8, the only width measured.
+        """
+        if any(layer.bits not in (None, 8) for layer in self.layers):
+            return None
+        return 1e-6 * STM32L4R5_PJ_PER_INT8_MAC * sum(layer.used_macs for layer in self.layers)
+
+    def energy_table(self) -> str:
+        """Where weights, MACs and modelled energy sit, a line a layer, as aligned text."""
+        header = [
+            "layer",
+            "zeros %",
+            "stored B",
+            "nonzero MACs",
+            "arithmetic uJ",
+            "SRAM weights uJ",
+        ]
+        header += ["DRAM weights uJ", "activations uJ", "SRAM total uJ", "DRAM total uJ"]
+        whole = LayerCount("total", "", parameters=self.parameters)
+        whole.nonzero_parameters = self.nonzero_parameters
+        whole.stored_bytes = sum(layer.stored_bytes for layer in self.layers)
+        lines = [header]
+        for row in [*self.layers, whole]:
+            sram, dram = ((self if row is whole else row).energy_uj(m) for m in ("sram", "dram"))
+            macs = self.nonzero_macs if row is whole else row.nonzero_macs
+            zeros = "?" if row.nonzero_parameters is None else "-"
+            if row.parameters and row.nonzero_parameters is not None:
+                zeros = f"{100 * (1 - row.nonzero_parameters / row.parameters):.1f}"
+            lines.append([row.name, zeros, f"{row.stored_bytes:,}"])
+            lines[-1].append("?" if macs is None else f"{macs:,}")
+            columns = (sram.arithmetic, sram.weights, dram.weights, sram.activations)
+            lines[-1] += [f"{value:.3f}" for value in (*columns, sram.total, dram.total)]
+        peak = f"{self.peak_activations:,}"
+        return _aligned(lines, 1) + f"\npeak activation memory: {peak} elements"
+
     def to_dict(self) -> dict:
         """Plain dicts, lists and numbers for json.dump: fields, totals and energies."""
         totals = ("macs", "nonzero_macs", "activation_macs", "total_macs")
@@ -187,17 +308,8 @@ class MacReport:
         total.parameters, total.nonzero_parameters = self.parameters, self.nonzero_parameters
         lines = [header, *(_cells(layer, layer.energy) for layer in self.layers)]
         lines.append(_cells(total, self.energy))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [  # names to the left, numbers to the right
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        rule = "-" * max(map(len, text))
         inputs = ", ".join(_shape(shape) for shape in self.input_shapes)
-        text = [f"input {inputs}", text[0], rule, *text[1:-1], rule, text[-1]]
+        text = [f"input {inputs}", _aligned(lines, 3)]
         if self.folded_macs:
             text.append(f"not in the totals: {self.folded_macs:,} MACs among stored tensors alone")
         text += [f"NOT COUNTED: {what}" for what in self.uncounted]
@@ -210,6 +322,20 @@ def _sum(counts) -> int | None:
     """Sum of counts, unknown (None) if one of them is."""
     counts = list(counts)
     return None if None in counts else sum(counts)
+
+
+def _aligned(lines: list[list[str]], names: int) -> str:
+    """A header, rows and a total as text; the first columns, names, to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "-" * max(map(len, text))
+    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -337,8 +463,14 @@ class _MacMode(TorchDispatchMode):
                     self.is_parameter[full] = name in module._parameters
                     key = _storage(tensor)
                     self.origin[key] = self.origin.get(key, frozenset()) | {full}
+        self.buffers = WeakIdKeyDictionary()  # storages of activations -> their number
+        self.sizes: list[int] = []  # elements, by number
+        self.flow: list[_Flow] = []
+        self.last_row: LayerCount | None = None  # of the latest product, which moves are booked on
+        self.moved_before = 0  # elements, before the first product
         for tensor in _tensors(inputs):
             self.depends[_storage(tensor)] = True
+            self.buffer(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -358,6 +490,7 @@ class _MacMode(TorchDispatchMode):
             self.met.update(*(self.names(t) for t in stored))
             if product is None:
                 self.check(func, args, kwargs, out, stored)
+            self.move(func, [t for t in tensors if self.is_active(t)], _tensors(out), product)
         names = frozenset().union(*(self.names(t) for t in tensors))
         for tensor in _tensors(out):
             if active:
@@ -372,12 +505,36 @@ class _MacMode(TorchDispatchMode):
     def names(self, tensor: torch.Tensor) -> frozenset[str]:
         return self.origin.get(_storage(tensor), frozenset())
 
+    def buffer(self, tensor: torch.Tensor) -> int:
+        """Number of the memory that an activation lies in."""
+        if _storage(tensor) not in self.buffers:
+            self.buffers[_storage(tensor)] = len(self.sizes)
+            self.sizes.append(tensor.numel())
+        return self.buffers[_storage(tensor)]
+
+    def move(self, func, inputs: list, outputs: list, product: _Product | None) -> None:
+        """Note the activations that an operation reads and writes, and book the elements moved."""
+        inputs, outputs = ([t for t in ts if _is_activation(t)] for ts in (inputs, outputs))
+        views = all(_storage(t) in self.buffers for t in outputs)
+        if not outputs or (views and not func._schema.is_mutable):
+            return
+        fused = product is None and len({self.buffer(t) for t in inputs}) == 1
+        fused = fused and inputs[0].numel() == outputs[0].numel()
+        reads = {self.buffer(t): t.numel() for t in inputs}
+        writes = {self.buffer(t): t.numel() for t in outputs}
+        self.flow.append(_Flow(set(reads), set(writes), fused))
+        moved = 0 if fused else sum(reads.values()) + sum(writes.values())
+        if self.last_row is None:
+            self.moved_before += moved
+        else:
+            self.last_row.activations_moved += moved
+
     def book(self, product: _Product, out) -> bool:
         """Put a product into its column; False if it folds into a constant."""
         left, right, macs = product
         left_active, right_active = self.is_active(left), self.is_active(right[0])
         if left_active and right_active:
-            row = self.rows[self.running[-1]]
+            row = self.begin(self.rows[self.running[-1]])
             row.activation_macs += macs
             row.bits = row.bits or left.element_size() * 8
             return True
@@ -389,7 +546,7 @@ class _MacMode(TorchDispatchMode):
             return False
         # a constant made in the forward, such as a recurrent layer's first state, is no weight
         weights = right if left_active or right_stored else [left]
-        row = self.row(weights)
+        row = self.begin(self.row(weights))
         row.macs += macs
         size = sum(w.numel() for w in weights)
         nonzero = _sum(_nonzero(w) for w in weights)
@@ -398,6 +555,12 @@ class _MacMode(TorchDispatchMode):
         if row.output_shape is None:  # its own forward did not run: a function uses the weight
             row.output_shape = tuple(_tensors(out)[0].shape)
         return True
+
+    def begin(self, row: LayerCount) -> LayerCount:
+        """The same row, which what is moved from now on is booked on."""
+        row.activations_moved += self.moved_before
+        self.last_row, self.moved_before = row, 0
+        return row
 
     def row(self, weights: list[torch.Tensor]) -> LayerCount:
         """The running layer's row, or that of the one other layer which owns the weights."""
@@ -439,6 +602,35 @@ class _MacMode(TorchDispatchMode):
                     self.uncounted[f"{message}: no operation on it was seen"] = None
         if not any(self.is_active(t) for t in _tensors(out)):
             self.uncounted["the output depends on the input through no operation seen"] = None
+
+
+class _Flow(NamedTuple):
+    """The activations that one operation reads and writes, by number of their memory."""
+
+    reads: set[int]
+    writes: set[int]
+    fused: bool  # element by element: it may overwrite what it reads
+
+
+def _peak_elements(sizes: list[int], flow: list[_Flow]) -> int:
+    """The largest number of elements alive at one time; what none writes is alive at the start."""
+    last_use = {b: step for step, op in enumerate(flow) for b in op.reads | op.writes}
+    written = set().union(*(op.writes for op in flow))
+    alive = {b for b in range(len(sizes)) if b not in written}
+    peak = sum(sizes[b] for b in alive)
+    for step, op in enumerate(flow):
+        free = {b for b in op.reads | op.writes if last_use[b] == step}
+        if op.fused:
+            alive -= free & op.reads
+        alive |= op.writes
+        peak = max(peak, sum(sizes[b] for b in alive))
+        alive -= free
+    return peak
+
+
+def _is_activation(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds activations rather than positions, tokens or masks."""
+    return tensor.is_floating_point() or tensor.is_quantized
 
 
 def _tensors(tree) -> list[torch.Tensor]:
@@ -520,7 +712,8 @@ def count_macs(
         warnings.warn(message, stacklevel=2)
     layers = [r for r in rows.values() if r.parameters or r.macs or r.activation_macs]
     shapes = [tuple(t.shape) for t in _tensors(inputs)]
-    return MacReport(layers, shapes, mode.folded_macs, uncounted)
+    peak = _peak_elements(mode.sizes, mode.flow)
+    return MacReport(layers, shapes, mode.folded_macs, uncounted, peak)
 
 
 def _zeros(model: nn.Module, input_size: tuple[int, ...]) -> torch.Tensor:
@@ -543,6 +736,7 @@ def _parameter_rows(model: nn.Module) -> dict[str, LayerCount]:
         for tensor in _stored_parameters(module, counted, is_helper=layer != name):
             row.parameters += tensor.numel()
             row.nonzero_parameters = _sum((row.nonzero_parameters, _nonzero(tensor)))
+            row.stored_bytes += stored_bytes(tensor)
     return rows
 
 
@@ -679,7 +873,8 @@ def main(argv: list[str] | None = None) -> int:
             model, size = _example_network(), (3, 32, 32)
         else:
             model, size = torchvision_model(args.model)
-        print(count_macs(model, tuple(args.input_size or size)))
+        report = count_macs(model, tuple(args.input_size or size))
+        print(report, report.energy_table(), sep="\n\n")
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:
         # also a size that the network cannot take, which torch reports in its own words
         print(f"mac_hooks.py: {str(error).splitlines()[0]}", file=sys.stderr)

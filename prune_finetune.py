@@ -1,17 +1,20 @@
 """Step 3: global unstructured magnitude pruning, then fine-tuning with the zeros held.
 
 Reads   an FP32 checkpoint (default checkpoints/baseline_fp32.pt), the training images
-Writes  checkpoints/pruned_<percent>_fp32.pt  results/pruned_<percent>_fp32.json
+Writes  checkpoints/pruned_<percent>_fp32.pt  results/pruned_<percent>_fp32.json, a pair a level
         (control_fp32 with --sparsity 0: the same fine-tuning without pruning)
 
-    python prune_finetune.py                  # 50 % zeros, about 4 minutes on two CPU cores
-    python prune_finetune.py --criterion l1   # plain global L1: most zeros fall in fc1
-    python prune_finetune.py --sparsity 0     # the dense control of equal effort
-    python prune_finetune.py --smoke          # seconds; reads checkpoints/smoke/baseline_fp32.pt
+    python prune_finetune.py                            # 50 % zeros, 4 minutes on two CPU cores
+    python prune_finetune.py --sparsity 0.5 0.7 0.8 0.9 # gradually: each level from the last one
+    python prune_finetune.py --criterion l1             # plain global L1: most zeros fall in fc1
+    python prune_finetune.py --sparsity 0               # the dense control of equal effort
+    python prune_finetune.py --smoke                    # seconds; reads checkpoints/smoke/
 
 Zeros save storage, and energy only on hardware that skips them; dense kernels multiply them.
 """
 
+import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -31,56 +34,100 @@ from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
 from edgecnn.files import (
     DEFAULT_CRITERION,
+    UserError,
     checkpoints_dir,
     require_writable,
     results_dir,
     user_errors_exit_2,
     variant_name,
 )
-from edgecnn.model import weight_layers
+from edgecnn.model import IMAGE_SHAPE, weight_layers
 from edgecnn.train import Recipe, environment, fit, pick_device
+from mac_hooks import count_macs, weight_energy_pj
 
 # The fine-tuning recipe, settled with --holdout.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
 SPARSITY = 0.5
-CRITERIA = ("l1", "l1-normalized")
+CRITERIA = ("l1", "l1-normalized", "lamp", "energy")
+DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight
+# The arguments that decide a level's weights, besides its parent's.
+DECISIVE = ("sparsity", "criterion", "epochs", "batch_size", "learning_rate", "seed", "holdout")
 
 
 # ---- masks -------------------------------------------------------------------------------------
 
 
-def importance(weight: torch.Tensor, criterion: str) -> torch.Tensor:
-    """Scores of a layer's weights, same shape; the lowest of all layers are pruned.
+def lamp_scores(weight: torch.Tensor) -> torch.Tensor:
+    """Each weight's square over the sum of its own and all larger squares of the layer, in [0, 1].
+
+    Removing in rising order, that is the share of the layer's remaining squared norm which goes.
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+    """
+    squares = weight.detach().double().square().flatten()
+    order = squares.argsort(stable=True)
+    remaining = squares[order].flip(0).cumsum(0).flip(0)
+    scores = torch.zeros_like(squares)
+    scores[order] = (squares[order] / remaining).nan_to_num(0.0)  # 0 / 0 where all are zero
+    return scores.view_as(weight)
+
+
+def importance(weight: torch.Tensor, criterion: str, energy_pj: float = 1.0) -> torch.Tensor:
+    """Scores of a layer's weights, same shape; the lowest of all layers are pruned, zeros first.
 
     l1: magnitude. l1-normalized: the magnitude's rank within its layer, in (0, 1], so that one
     global threshold takes the same share of every layer and MACs fall along with weights.
+    lamp: lamp_scores. energy: lamp_scores per picojoule that the weight's removal saves
+    (`energy_pj`), so that of two equally dispensable weights the dearer one goes first. Yang et
+    al., CVPR 2017, prune whole layers in the order of their energy; here each weight has a price.
     """
     magnitude = weight.detach().abs()
     if criterion == "l1":
         return magnitude
-    ranks = torch.empty(magnitude.numel(), dtype=torch.float64)
-    ranks[magnitude.flatten().argsort(stable=True)] = torch.arange(
-        1, magnitude.numel() + 1, dtype=torch.float64
-    )
-    return (ranks / magnitude.numel()).view_as(weight)
+    if criterion == "l1-normalized":
+        ranks = torch.empty(magnitude.numel(), dtype=torch.float64)
+        ranks[magnitude.flatten().argsort(stable=True)] = torch.arange(
+            1, magnitude.numel() + 1, dtype=torch.float64
+        )
+        scores = (ranks / magnitude.numel()).view_as(weight)
+        return scores.masked_fill(magnitude == 0, 0.0)  # what an earlier level took stays taken
+    return lamp_scores(weight) / (energy_pj if criterion == "energy" else 1.0)
+
+
+def layer_energy_pj(model: nn.Module) -> dict[str, float]:
+    """What one weight costs an inference, by layer: its MACs and its fetch, weights in SRAM."""
+    rows = {row.name: row for row in count_macs(model, IMAGE_SHAPE).layers}
+    return {
+        name: weight_energy_pj(rows[name].macs // layer.weight.numel(), DEPLOYED_BITS)
+        for name, layer in weight_layers(model).items()
+    }
 
 
 def prune_globally(model: nn.Module, sparsity: float, criterion: str) -> dict[str, torch.Tensor]:
     """Zero the given share of all weights (biases and BN excluded), exact to one weight.
 
-    Returns the masks by layer: bool, True where a weight is kept.
+    Returns the masks by layer: bool, True where a weight is kept. Weights that are zero already go
+    first, so a mask only shrinks. Raises UserError when more of them are zero than asked for.
     """
-    layers = weight_layers(model)
-    targets = [(layer, "weight") for layer in layers.values()]
+    layers, prices = weight_layers(model), layer_energy_pj(model)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
+    count = sum(layer.weight.numel() for layer in layers.values())
+    if zeros > round(sparsity * count):
+        raise UserError(
+            f"{100 * zeros / count:.2f} % of the weights are zero already; "
+            f"give a --sparsity above that, or a --checkpoint with fewer zeros"
+        )
     prune.global_unstructured(
-        targets,
+        [(layer, "weight") for layer in layers.values()],
         prune.L1Unstructured,
-        importance_scores={target: importance(target[0].weight, criterion) for target in targets},
+        importance_scores={
+            (layer, "weight"): importance(layer.weight, criterion, prices[name])
+            for name, layer in layers.items()
+        },
         amount=sparsity,
     )
     masks = {name: layer.weight_mask.bool() for name, layer in layers.items()}
-    for target in targets:
-        prune.remove(*target)
+    for layer in layers.values():
+        prune.remove(layer, "weight")
     hold_zeros(model, masks)
     return masks
 
@@ -113,36 +160,71 @@ def parse_arguments():
     parser.add_argument(
         "--sparsity",
         type=sparsity,
-        default=SPARSITY,
-        help="share of all weights set to zero, in [0, 1); 0 = the dense control (default: 0.5)",
+        nargs="+",
+        default=[SPARSITY],
+        metavar="SHARE",
+        help="share of all weights set to zero, in [0, 1); several in rising order prune gradually, "
+        "keeping levels made before; 0 = the dense control (default: 0.5)",
     )
     parser.add_argument(
         "--criterion",
         choices=CRITERIA,
         default=DEFAULT_CRITERION,
-        help="l1 = smallest magnitudes of the whole network; l1-normalized = lowest magnitude "
-        "ranks within their layer (default: %(default)s)",
+        help="what goes first: l1 = smallest magnitudes of the network; l1-normalized = lowest "
+        "magnitude ranks within a layer; lamp = smallest share of the layer's remaining norm; "
+        "energy = lamp per picojoule saved (default: %(default)s)",
     )
-    return parse_training_arguments(parser, RECIPE)
+    args = parse_training_arguments(parser, RECIPE)
+    for low, high in itertools.pairwise(args.sparsity):
+        if not 0 < low < high:
+            parser.error(f"--sparsity {low:g} {high:g}: levels must rise from above 0")
+    return args
 
 
-@user_errors_exit_2
-def main():
-    args = parse_arguments()
-    device, run = pick_device(args.device), run_name(args)
-    require_writable(checkpoints_dir(run), results_dir(run))
-    method = f"pruned_{100 * args.sparsity:g}" if args.sparsity else "control"
-    name = variant_name(method, "fp32", args.criterion, args.seed)
-    default_parent = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
-    parent_path = args.checkpoint or default_parent
-    parent = load_checkpoint(parent_path, "fp32")
-    require_unseen_holdout(parent, args.holdout)
-    model = fp32_model(parent)
-    train, validation = load_training(args.data_dir, args.holdout, args.smoke)
+def method_name(sparsity: float) -> str:
+    """`pruned_<percent>`, or `control` without pruning."""
+    return f"pruned_{100 * sparsity:g}" if sparsity else "control"
 
+
+def level_paths(args: argparse.Namespace, run: str) -> tuple[Path, Path]:
+    """A level's checkpoint and JSON."""
+    name = variant_name(method_name(args.sparsity), "fp32", args.criterion, args.seed)
+    return checkpoints_dir(run) / f"{name}.pt", results_dir(run) / f"{name}.json"
+
+
+def changed_arguments(origin: dict, args: argparse.Namespace) -> str:
+    """The decisive arguments of an existing level that differ from these; empty when none does."""
+    theirs, ours = origin["arguments"], vars(args)
+    return ", ".join(f"{key} {theirs.get(key)}" for key in DECISIVE if theirs.get(key) != ours[key])
+
+
+def require_one_sweep(levels: list[argparse.Namespace], run: str) -> None:
+    """Raise UserError, naming what differs, where --resume would mix levels of two sweeps."""
+    for args in levels:
+        path, _ = level_paths(args, run)
+        changed = path.exists() and changed_arguments(load_checkpoint(path)["provenance"], args)
+        if changed:
+            raise UserError(f"{path} was made with {changed}; give the same, or delete the file")
+
+
+def made_before(args: argparse.Namespace, run: str, parent_path: Path) -> bool:
+    """Whether a level is finished, of these arguments and this very parent."""
+    path, json_path = level_paths(args, run)
+    if not (path.exists() and json_path.exists()):
+        return False
+    origin = load_checkpoint(path)["provenance"]
+    same_parent = origin.get("parent_sha256") == parent_fields(parent_path)["parent_sha256"]
+    return same_parent and not changed_arguments(origin, args)
+
+
+def prune_level(args, parent_path: Path, run: str, data, device: torch.device) -> Path:
+    """Prune the parent to args.sparsity, fine-tune, write the checkpoint and JSON; their path."""
+    name, method = level_paths(args, run)[0].stem, method_name(args.sparsity)
+    lineage = parent_fields(parent_path)
+    model = fp32_model(load_checkpoint(parent_path, "fp32"))
+    train, validation = data
     masks = prune_globally(model, args.sparsity, args.criterion)
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
-    lineage = parent_fields(parent_path)
     pruning = f"{lineage['parent_sha256']} at {args.sparsity} {args.criterion}"
     recipe = Recipe.from_arguments(args, f"{pruning}, {len(train[1])} images")
     resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
@@ -156,13 +238,33 @@ def main():
         args.resume,
         after_step=lambda: hold_zeros(model, masks),
     )
-
     lineage |= {"method": method, "criterion": args.criterion if args.sparsity else None}
     origin = provenance(name, args, **lineage, seed=args.seed, holdout=args.holdout)
     zeros = {"layer_sparsity_percent": layer_sparsity_percent(model)}
     result = {**environment(device), **zeros, "history": history}
-    publish(run, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
+    path = publish(run, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
     resume_path.unlink(missing_ok=True)
+    return path
+
+
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    device, run = pick_device(args.device), run_name(args)
+    require_writable(checkpoints_dir(run), results_dir(run))
+    default_parent = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
+    parent_path = args.checkpoint or default_parent
+    require_unseen_holdout(load_checkpoint(parent_path, "fp32"), args.holdout)
+    data = load_training(args.data_dir, args.holdout, args.smoke)
+    levels = [argparse.Namespace(**vars(args) | {"sparsity": level}) for level in args.sparsity]
+    if len(levels) > 1 and args.resume:
+        require_one_sweep(levels, run)
+    for level in levels:
+        if len(levels) > 1 and made_before(level, run, parent_path):
+            parent_path = level_paths(level, run)[0]
+            print(f"{parent_path} was made before, with the same arguments: kept")
+        else:
+            parent_path = prune_level(level, parent_path, run, data, device)
 
 
 if __name__ == "__main__":

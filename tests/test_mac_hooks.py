@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import mac_hooks
-from mac_hooks import count_macs, energy_score
+from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from mac_hooks import count_macs, energy_score, stored_bytes, weight_energy_pj
 
 # ---------------------------------------------------------------- closed forms
 
@@ -754,6 +755,94 @@ def test_resnet50_is_counted_in_under_a_second():
     assert report.parameters == 25_557_032
 
 
+# ---------------------------------------------------------------- energy in microjoules, memory
+
+
+def _chain(*layers):
+    return count_macs(nn.Sequential(*layers), (3, 8, 8))
+
+
+def test_energy_is_macs_stored_bytes_and_moved_elements_times_the_published_costs():
+    report = _chain(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    (layer,) = report.layers
+    moved = 3 * 64 + 4 * 64 + 4 * 64 + 4 * 16  # the convolution in and out, the pool in and out
+    assert layer.activations_moved == moved
+    assert layer.stored_bytes == (3 * 4 * 9 + 4) * 4
+    for memory, pj_per_64_bits in (("sram", 100), ("dram", 1300)):
+        energy = report.energy_uj(memory)
+        assert energy.arithmetic == pytest.approx(1e-6 * 4.6 * 3 * 4 * 9 * 64)
+        assert energy.weights == pytest.approx(1e-6 * 448 * pj_per_64_bits / 8)
+        assert energy.activations == pytest.approx(1e-6 * moved * 4 * 100 / 8)
+        assert energy.total == pytest.approx(sum(energy))
+
+
+def test_energy_of_this_projects_network_by_precision():
+    model = EdgeCNN()
+    for bias in (model.block1.bn.bias, model.block2.bn.bias, model.block3.bn.bias):
+        nn.init.ones_(bias)
+    fp32 = count_macs(fold_batch_norm(model), IMAGE_SHAPE).energy_uj("dram")
+    assert fp32.weights == pytest.approx(620_362 * 4 * 1300 / 8 * 1e-6)  # 403 uJ
+    assert fp32.arithmetic == pytest.approx(10.848768 * 4.6)
+    assert weight_energy_pj(256, 8) == pytest.approx(256 * 0.3 + 12.5)
+    assert weight_energy_pj(1, 32, "dram") == pytest.approx(4.6 + 4 * 162.5)
+
+
+def test_the_peak_is_the_largest_sum_of_live_tensors():
+    assert count_macs(EdgeCNN(), IMAGE_SHAPE).peak_activations == 32 * 1024 + 32 * 256
+    wide = _chain(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.BatchNorm2d(5), nn.Conv2d(5, 1, 1))
+    assert wide.peak_activations == (3 + 5) * 64  # what works element by element works in place
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return x + self.second(torch.relu(self.first(x)))
+
+    report = count_macs(Residual(), (3, 8, 8))
+    assert report.peak_activations == 3 * 3 * 64  # x waits for the addition
+    assert [row.activations_moved for row in report.layers] == [2 * 192, 2 * 192 + 3 * 192]
+
+
+def test_an_activation_still_needed_is_not_overwritten():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y * torch.sigmoid(y)
+
+    assert count_macs(Gate(), (3, 8, 8)).peak_activations == 3 * 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1] * 64, 64),  # dense
+        ([1] * 20 + [0] * 44, 8 + 20),  # bitmap
+        ([0] * 639 + [1], 2 * (1 + 2)),  # two fillers: 639 zeros are 2 x 256 and 127
+        ([0] * 255 + [1] + [0] * 256 + [1], 2 * (2 + 1)),
+        ([0] * 1000, 0),
+    ],
+)
+def test_stored_bytes_take_the_smallest_layout(values, expected):
+    assert stored_bytes(torch.tensor(values, dtype=torch.int8)) == expected
+    quantized = torch._make_per_tensor_quantized_tensor(
+        torch.tensor(values, dtype=torch.int8), 0.5, 0
+    )
+    assert stored_bytes(quantized) == expected
+
+
+def test_an_unpriced_width_and_an_extrapolation_beyond_int8_are_refused():
+    report = count_macs(nn.Sequential(nn.Linear(4, 4)).double(), (4,))
+    with pytest.raises(ValueError, match="64-bit"):
+        report.energy_uj()
+    assert report.stm32l4r5_extrapolated_uj() is None
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -766,9 +855,12 @@ def _run(*arguments):
 def test_command_line_counts_this_projects_network(arguments):
     result = _run(*arguments)
     assert (result.returncode, result.stderr) == (0, "")
-    total = result.stdout.splitlines()[-1].split()
-    assert total[:3] == ["total", "10,848,768", "10,848,768"]
-    assert total[-1] == "43.40"
+    counted, modelled = (
+        line.split() for line in result.stdout.splitlines() if line.startswith("total")
+    )
+    assert counted[:3] == ["total", "10,848,768", "10,848,768"]
+    assert counted[-1] == "43.40"
+    assert modelled[3:5] == ["10,848,768", f"{10.848768 * 4.6:.3f}"]
 
 
 def test_command_line_counts_a_torchvision_model(capsys):

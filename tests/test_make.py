@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from benchmarks.training_speed import TRAINING_FLOPS, summarize
 
 STEPS = ("train_baseline.py", "quantize.py", "prune_finetune.py", "evaluate.py", "plot_pareto.py")
+LEVELS = [f"pruned_{percent}_energy" for percent in (50, 70, 80, 90, 95)]
 VARIANTS = ("baseline_fp32", "baseline_int8", "pruned_50_fp32", "pruned_50_int8")
 
 
@@ -58,7 +59,7 @@ def test_fresh_clone_runs_every_step_in_order(clone):
         "plot_pareto.py",
     ]
     assert steps(clone, "reference").count("train_baseline.py") == 3
-    assert steps(clone, "reference").count("prune_finetune.py") == 9
+    assert steps(clone, "reference").count("prune_finetune.py") == 10
 
 
 def test_finished_run_is_not_done_again(clone):
@@ -87,12 +88,44 @@ def test_an_interrupted_or_changed_reference_run_does_only_what_is_missing(clone
         for seed in range(3):
             (done / f"{step}-{seed}").touch()
             (done / f"int8-{step}-{seed}").touch()
+    assert steps(clone, "reference").count("quantize.py") == len(LEVELS)
+    (done / "sweep").touch()
+    for level in LEVELS:
+        (done / f"int8-sweep-{level}").touch()
     assert steps(clone, "reference") == ["evaluate.py", "plot_pareto.py"]
     (done / "pruned_50-1").unlink()
     assert steps(clone, "reference")[:2] == ["prune_finetune.py", "quantize.py"]
     os.utime(clone / "quantize.py", (4e9, 4e9))
-    assert steps(clone, "reference").count("quantize.py") == 12
+    assert steps(clone, "reference").count("quantize.py") == 12 + len(LEVELS)
     assert "train_baseline.py" not in steps(clone, "reference")
+
+
+def test_a_sweep_after_make_prunes_once_and_quantizes_every_level(clone):
+    finish(clone)
+    expected = ["prune_finetune.py", *["quantize.py"] * 5, "evaluate.py", "plot_pareto.py"]
+    assert steps(clone, "sweep") == expected
+    (clone / "results/pruned_95_energy_fp32.json").touch()
+    for level in LEVELS:
+        (clone / f"checkpoints/{level}_fp32.pt").touch()
+        (clone / f"checkpoints/{level}_int8.pt").touch()
+        (clone / f"results/{level}_int8.json").touch()
+    (clone / "results/metrics.json").touch()
+    (clone / "results/optimization_results.png").touch()
+    assert steps(clone, "sweep") == [] and steps(clone) == []
+    (clone / "checkpoints/pruned_80_energy_int8.pt").unlink()
+    assert steps(clone, "sweep") == ["quantize.py", "evaluate.py", "plot_pareto.py"]
+    (clone / "checkpoints/pruned_80_energy_fp32.pt").unlink()
+    assert steps(clone, "sweep") == expected
+
+
+def test_criteria_are_tried_on_the_validation_split_a_run_at_a_time(clone):
+    expected = ["train_baseline.py", *["prune_finetune.py"] * 4, *["quantize.py"] * 16]
+    assert steps(clone, "criteria") == [*expected, "evaluate.py", "benchmarks/criteria.py"]
+    done = clone / "checkpoints/holdout/.done"
+    done.mkdir(parents=True)
+    for stamp in ("baseline", "trial-l1", "trial-lamp"):
+        (done / stamp).touch()
+    assert steps(clone, "criteria").count("prune_finetune.py") == 2
 
 
 @pytest.mark.parametrize("name", ["table.md", "optimization_results.svg"])

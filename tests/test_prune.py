@@ -1,16 +1,27 @@
 """Pruning: exact counts, one global ranking, zeros that hold after every step, honest MACs."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from conftest import run_main
 
 from edgecnn.checkpoint import fp32_model, load_checkpoint
 from edgecnn.data import load_sample
+from edgecnn.files import UserError
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
 from edgecnn.train import Recipe, fit
-from mac_hooks import count_macs
-from prune_finetune import hold_zeros, prune_globally
+from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
+from prune_finetune import (
+    CRITERIA,
+    hold_zeros,
+    importance,
+    lamp_scores,
+    layer_energy_pj,
+    prune_globally,
+)
 
 WEIGHTS, MACS = 619_872, 10_848_768
 
@@ -21,7 +32,7 @@ def pruned(sparsity, criterion, seed=0):
     return model, prune_globally(model, sparsity, criterion)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l1-normalized"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999])
 def test_sparsity_is_exact_to_one_weight(sparsity, criterion):
     model, masks = pruned(sparsity, criterion)
@@ -55,6 +66,104 @@ def test_l1_leaves_more_macs_than_weights():
     # fc1's weights are the smallest and are used once each, so plain L1 spares the convolutions.
     model, _ = pruned(0.5, "l1")
     assert count_macs(model, IMAGE_SHAPE).nonzero_macs > 8e6
+
+
+def test_lamp_score_is_the_share_of_the_remaining_squared_norm():
+    weight = torch.tensor([[3.0, -1.0], [0.0, 2.0]])
+    expected = [[9 / 9, 1 / 14], [0 / 14, 4 / 13]]
+    np.testing.assert_allclose(lamp_scores(weight), expected)
+    assert torch.equal(lamp_scores(torch.zeros(3)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_a_weight_costs_its_uses_and_its_fetch():
+    costs = layer_energy_pj(EdgeCNN())
+    uses = {"block1.conv": 1024, "block2.conv": 256, "block3.conv": 64, "fc1": 1, "fc2": 1}
+    assert costs == {name: n * MAC_PJ[8] + SRAM_PJ_PER_BYTE for name, n in uses.items()}
+
+
+def test_energy_prunes_the_dearer_of_two_equally_dispensable_weights():
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    cheap, dear = (importance(weight, "energy", price) for price in (13.0, 130.0))
+    torch.testing.assert_close(cheap, 10 * dear)
+    macs = {c: count_macs(pruned(0.8, c)[0], IMAGE_SHAPE).nonzero_macs for c in CRITERIA}
+    assert macs["energy"] < 0.9 * macs["lamp"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("first", CRITERIA)
+def test_masks_only_shrink_from_level_to_level(first, criterion):
+    model, before = pruned(0.5, first)
+    after = prune_globally(model, 0.8, criterion)
+    assert all(not (after[name] & ~before[name]).any() for name in before)
+    zeros = sum(int((~mask).sum()) for mask in after.values())
+    assert abs(zeros - 0.8 * WEIGHTS) <= 1
+
+
+def test_a_level_below_the_parents_zeros_is_refused():
+    model, _ = pruned(0.5, "l1")
+    with pytest.raises(UserError, match="50.00 % of the weights are zero already"):
+        prune_globally(model, 0.4, "l1")
+
+
+@pytest.fixture
+def sweep(smoke, workdir):
+    """A folder with a baseline in it, and how to run a sweep there."""
+    shutil.copytree(smoke / "checkpoints", "checkpoints")
+    shutil.copytree(smoke / "results", "results")
+
+    def run(*arguments):
+        run_main("prune_finetune", "--smoke", "--sparsity", *arguments)
+
+    return run
+
+
+def test_a_sweep_keeps_what_was_made_and_chains_the_rest(sweep, workdir, capsys):
+    folder = workdir / "checkpoints/smoke"
+    level_1 = (folder / "pruned_50_fp32.pt").read_bytes()
+    sweep(0.5, 0.8)
+    assert "pruned_50_fp32.pt was made before" in capsys.readouterr().out
+    assert (folder / "pruned_50_fp32.pt").read_bytes() == level_1
+    low, high = (load_checkpoint(folder / f"pruned_{n}_fp32.pt") for n in (50, 80))
+    assert high["provenance"]["parent"] == "pruned_50_fp32"
+    assert high["provenance"]["arguments"]["sparsity"] == 0.8
+    for name, tensor in high["tensors"].items():
+        if tensor.ndim > 1:
+            assert not (tensor.bool() & ~low["tensors"][name].bool()).any()
+    made = (folder / "pruned_80_fp32.pt").read_bytes()
+    sweep(0.5, 0.8, 0.9, "--resume")  # goes on after the last level
+    assert (folder / "pruned_80_fp32.pt").read_bytes() == made
+    (folder / "pruned_80_fp32.pt").unlink()
+    (folder / "pruned_90_fp32.pt").unlink()
+    sweep(0.5, 0.8, "--resume")
+    remade = load_checkpoint(folder / "pruned_80_fp32.pt")["tensors"]
+    assert all(torch.equal(remade[name], high["tensors"][name]) for name in remade)
+
+
+def test_a_sweep_resumed_with_other_arguments_is_refused_and_nothing_is_lost(
+    sweep, workdir, capsys
+):
+    before = (workdir / "checkpoints/smoke/pruned_50_fp32.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        sweep(0.4, 0.5, "--resume", "--epochs", 1)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pruned_50_fp32.pt was made with epochs 2" in error
+    assert (workdir / "checkpoints/smoke/pruned_50_fp32.pt").read_bytes() == before
+    assert not (workdir / "checkpoints/smoke/pruned_40_fp32.pt").exists()
+
+
+def test_a_level_of_another_parent_is_made_again(sweep, workdir, capsys):
+    run_main("train_baseline", "--smoke", "--epochs", 1)
+    sweep(0.5, 0.8)
+    assert "was made before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("levels", [(0.5, 0.5), (0.8, 0.5), (0, 0.5)])
+def test_levels_that_do_not_rise_are_refused(levels, workdir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main("prune_finetune", "--smoke", "--sparsity", *levels)
+    assert stop.value.code == 2
+    assert "levels must rise" in capsys.readouterr().err
 
 
 def test_zeros_hold_after_every_step_and_kept_weights_move():
