@@ -54,13 +54,18 @@ def sha256(path: Path) -> str:
 
 
 def git_commit() -> str | None:
-    """The repository's commit, `+dirty` appended when tracked files differ; None outside git."""
+    """The repository's commit, `+dirty` appended when tracked sources differ; None outside git.
+
+    What runs write does not count: a run of several steps would spoil its own later ones.
+    """
     try:
         git = ["git", "-C", str(REPOSITORY)]
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        sources = ["--", ".", ":!results", ":!checkpoints"]
+        command = [*git, "diff", "--quiet", "HEAD", *sources]
+        dirty = subprocess.run(command, capture_output=True).returncode
         return commit + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
