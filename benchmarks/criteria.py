@@ -1,0 +1,225 @@
+"""Which pruning criterion spares most energy and bytes at equal accuracy, on the validation split.
+
+Reads   results/holdout/metrics.json, which `make criteria` fills: for every criterion the same levels
+        of sparsity, the same fine-tuning effort, INT8, accuracy on 5,000 held-out training images
+Writes  results/criteria.json  results/criteria.md  results/criteria.png
+
+    make criteria                               # trains what is missing, then runs this script
+    python benchmarks/criteria.py --run reference
+    python benchmarks/criteria.py --smoke       # seconds: made-up curves, in results/smoke/
+
+A criterion's curve joins its levels. What it needs for an accuracy is read off the curve, linearly in
+accuracy and in the logarithm of the cost, at the cheapest crossing.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from edgecnn.cli import Parser
+from edgecnn.files import (
+    UserError,
+    atomic_path,
+    read_json,
+    read_rows,
+    require_writable,
+    results_dir,
+    user_errors_exit_2,
+    write_json,
+    write_text,
+)
+from evaluate import markdown_table
+
+# The yardstick: plain global L1 at 80 % zeros.
+YARDSTICK = "l1", 80.0
+LEVELS = (70.0, 80.0, 90.0, 95.0)  # percent of zeros, as `make criteria` prunes
+# What is to be spared: the row's key, its name in tables, its name on an axis.
+COSTS = {
+    "energy_sram_uj": ("energy, uJ", "modelled energy (uJ an image, weights in SRAM)"),
+    "weight_stored_bytes": ("stored bytes", "stored bytes of the weights, index included"),
+}
+LOOK = {
+    "l1": ("o", "#0072B2"),
+    "l1-normalized": ("s", "#E69F00"),
+    "lamp": ("^", "#009E73"),
+    "energy": ("D", "#D55E00"),
+}
+
+
+# ---- curves ------------------------------------------------------------------------------------
+
+
+def with_effort(rows: list[dict]) -> list[dict]:
+    """The pruned INT8 rows of seed 0, each with the fine-tuning epochs of its FP32 parent's level."""
+    chosen = [r for r in rows if r["method"].startswith("pruned") and r["precision"] == "int8"]
+    made = {r["variant"]: results_dir("holdout") / f"{r['parent']}.json" for r in chosen}
+    return [
+        r
+        | {"epochs_a_level": read_json(made[r["variant"]], "make criteria")["arguments"]["epochs"]}
+        for r in chosen
+        if r["seed"] == 0
+    ]
+
+
+def curves(rows: list[dict]) -> dict[str, list[dict]]:
+    """Criterion -> its rows by falling sparsity, only levels that every criterion has.
+
+    Raises UserError where there is nothing to compare, or the levels took unequal effort.
+    """
+    found = {}
+    for row in sorted(rows, key=level, reverse=True):
+        found.setdefault(row["criterion"], []).append(row)
+    shared = set.intersection(*({level(r) for r in curve} for curve in found.values()), {*LEVELS})
+    found = {name: [r for r in curve if level(r) in shared] for name, curve in found.items()}
+    efforts = {row["epochs_a_level"] for curve in found.values() for row in curve}
+    if YARDSTICK[0] not in found or YARDSTICK[1] not in shared or len(efforts) > 1:
+        raise UserError(
+            "the validation rows are not the same levels of every criterion at equal effort; "
+            "run: make criteria"
+        )
+    return found
+
+
+def level(row: dict) -> float:
+    """The sparsity asked for, in percent."""
+    return float(row["method"].removeprefix("pruned_"))
+
+
+def cost_at(curve: list[dict], accuracy: float, key: str) -> float | None:
+    """The least cost at which the curve reaches an accuracy; None where it does not."""
+    points = sorted((row[key], row["accuracy_percent"]) for row in curve)
+    if points[0][1] >= accuracy:
+        return points[0][0]  # cheaper still is not measured
+    for (low, below), (high, above) in zip(points, points[1:], strict=False):
+        if below < accuracy <= above:
+            share = (accuracy - below) / (above - below)
+            return math.exp((1 - share) * math.log(low) + share * math.log(high))
+    return None
+
+
+def at_equal_accuracy(found: dict[str, list[dict]]) -> list[dict]:
+    """A row a criterion: what it needs for the yardstick's accuracy, and how much less that is."""
+    criterion, percent = YARDSTICK
+    yardstick = next(row for row in found[criterion] if level(row) == percent)
+    rows = []
+    for name, curve in found.items():
+        row = {"criterion": name, "at_accuracy_percent": yardstick["accuracy_percent"]}
+        for key in COSTS:
+            cost = cost_at(curve, yardstick["accuracy_percent"], key)
+            row[key] = cost and round(cost, 4)
+            row[f"{key}_saved_percent"] = cost and round(100 * (1 - cost / yardstick[key]), 2)
+        rows.append(row)
+    return rows
+
+
+# ---- showing -----------------------------------------------------------------------------------
+
+
+def table(found: dict[str, list[dict]], equal: list[dict]) -> str:
+    """Every level of every criterion, then what each needs for the yardstick's accuracy."""
+    lines = [
+        [
+            name,
+            f"{level(row):g}",
+            f"{row['accuracy_percent']:.2f}",
+            f"{row['macs_nonzero'] / 1e6:.2f}",
+            f"{row['energy_sram_uj']:.2f}",
+            f"{row['weight_stored_bytes']:,}",
+        ]
+        for name, curve in found.items()
+        for row in reversed(curve)
+    ]
+    header = ["Criterion", "Zeros %", "Validation accuracy %", "Non-zero MACs M"]
+    header += ["Energy uJ, SRAM", "Stored bytes"]
+
+    def saved(row, key):
+        share, cost = row[f"{key}_saved_percent"], row[key]
+        return "not reached" if cost is None else f"{cost:,.6g} ({-share:+.1f} %)"
+
+    equal_header = ["Criterion", *(f"{name} needed" for name, _ in COSTS.values())]
+    equal_lines = [[row["criterion"], *(saved(row, key) for key in COSTS)] for row in equal]
+    accuracy = equal[0]["at_accuracy_percent"]
+    return (
+        f"{markdown_table(header, lines)}\n\nAt {accuracy:.2f} %, the accuracy of global L1 at "
+        f"{YARDSTICK[1]:g} % zeros:\n\n{markdown_table(equal_header, equal_lines)}\n"
+    )
+
+
+def draw(found: dict[str, list[dict]], equal: list[dict]) -> Figure:
+    """Accuracy against each cost, a line a criterion, a dotted line at the yardstick's accuracy."""
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for panel, (key, (_, label)) in zip(panels, COSTS.items(), strict=True):
+        for name, curve in found.items():
+            marker, color = LOOK[name]
+            points = [(row[key], row["accuracy_percent"]) for row in curve]
+            panel.plot(*zip(*points, strict=True), marker=marker, color=color, label=name)
+            for row in curve:
+                where = (row[key], row["accuracy_percent"])
+                offset = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
+                panel.annotate(f"{level(row):g} %", where, color=color, **offset)
+        panel.axhline(equal[0]["at_accuracy_percent"], color="#808080", ls=":", lw=1)
+        panel.set_xlabel(label)
+        panel.grid(color="#DDDDDD", lw=0.6)
+    panels[0].set_ylabel("accuracy (%), 5,000 validation images, INT8")
+    panels[0].legend(title="criterion")
+    percent = f"{YARDSTICK[1]:g} %"
+    figure.suptitle(
+        f"Equal fine-tuning effort; dotted: the accuracy of global L1 at {percent} zeros"
+    )
+    return figure
+
+
+def made_up_rows() -> list[dict]:
+    """Plausible rows for --smoke, so that the picture can be tried without training."""
+    return [
+        {
+            "variant": f"pruned_{percent}_{name}_int8",
+            "method": f"pruned_{percent}",
+            "criterion": name,
+            "precision": "int8",
+            "seed": 0,
+            "accuracy_percent": 86 - 300 / (105 - percent) ** 1.5 - 0.1 * n,
+            "macs_nonzero": 5_000_000 + 10_000 * n,
+            "energy_sram_uj": (12 + n) * (1 - percent / 110),
+            "weight_stored_bytes": int(620_000 * (1.1 - percent / 100)),
+            "epochs_a_level": 3,
+        }
+        for n, name in enumerate(LOOK)
+        for percent in map(int, LEVELS)
+    ]
+
+
+@user_errors_exit_2
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--run", default="", metavar="NAME", help="write to results/NAME/ (default: results/)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="made-up curves, to results/smoke/")
+    args = parser.parse_args()
+    folder = results_dir("smoke" if args.smoke else args.run)
+    require_writable(folder)
+    metrics = results_dir("holdout") / "metrics.json"
+    needed = {key: (0, 1e15) for key in (*COSTS, "macs_nonzero")}
+    rows = made_up_rows() if args.smoke else with_effort(read_rows(metrics, needed))
+
+    found = curves(rows)
+    equal = at_equal_accuracy(found)
+    result = {"at_equal_accuracy": equal, "levels": [r for curve in found.values() for r in curve]}
+    write_json(folder / "criteria.json", result)
+    write_text(folder / "criteria.md", table(found, equal))
+    with atomic_path(folder / "criteria.png") as temporary:
+        draw(found, equal).savefig(temporary)
+    print(table(found, equal))
+    print(f"wrote criteria.json, criteria.md and criteria.png in {folder}")
+
+
+if __name__ == "__main__":
+    main()
