@@ -176,8 +176,10 @@ def mcnemar_p(gained: int, lost: int) -> float:
     p = 2 P(X <= min(gained, lost)), X binomial (n, 1/2), at most 1. McNemar 1947, Psychometrika
     12:153-157, with the exact binomial distribution.
     """
-    n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    n, tail, ways = gained + lost, 0, 1
+    for k in range(min(gained, lost) + 1):
+        tail += ways  # n choose k
+        ways = ways * (n - k) // (k + 1)
     return min(1.0, 2 * tail / 2**n)  # integers up to the one division
 
 
