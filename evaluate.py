@@ -1,35 +1,35 @@
 """Step 4: the table: accuracy on the 10,000 test images, bytes, MACs, energy score of every variant.
 
 Reads   checkpoints/*.pt (or the files given), data/ (the CIFAR-10 test set: read here and only here)
-Writes  results/metrics.json  results/table.md
+Writes  results/metrics.json  results/table.md (headline and front)  results/table_all.md (all)
 
     python evaluate.py
+    python evaluate.py --budget flash_kb=512 ram_kb=64           # the best variant that fits
+    python evaluate.py --budget board=stm32f405 accuracy=85      # (reads metrics.json, seconds)
     python evaluate.py --inspect checkpoints/pruned_50_int8.pt   # what a saved file holds
     python evaluate.py --run reference --update-readme           # rewrites the README's table
     python evaluate.py --smoke                                   # seconds, on the small sample
 """
 
+from __future__ import annotations
+
 import math
 import statistics
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from edgecnn.checkpoint import (
-    COMMIT,
-    fp32_model,
-    load_checkpoint,
-    require_unseen_holdout,
-    sha256,
-)
+from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_run_arguments, run_name
-from edgecnn.data import Split, load_sample, load_split, load_training
 from edgecnn.files import (
     DEFAULT_CRITERION,
     REPOSITORY,
     UserError,
     checkpoints_dir,
+    is_headline,
+    lowest_seed_rows,
     read_json,
+    read_rows,
     require_writable,
     results_dir,
     user_errors_exit_2,
@@ -37,11 +37,12 @@ from edgecnn.files import (
     write_json,
     write_text,
 )
-from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
-from edgecnn.packing import storage_bytes
-from edgecnn.train import pick_device, predict
-from mac_hooks import count_macs, energy_score
-from quantize import int8_model
+
+# What needs torch is imported where it is used: --budget has to answer at once.
+if TYPE_CHECKING:
+    import torch
+
+    from edgecnn.data import Split
 
 MIB = 2**20
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -49,6 +50,19 @@ README_MARKERS = "<!-- table: begin (evaluate.py --update-readme) -->", "<!-- ta
 README = REPOSITORY / "README.md"
 TEST_SET = "CIFAR-10 test set"
 METHOD_ORDER = ("baseline", "control", "pruned")
+CHANGE_KEYS = {
+    "parent": "accuracy_change_points",
+    "control": "accuracy_change_vs_control_points",
+    "baseline": "accuracy_change_vs_baseline_points",
+}
+SIGNIFICANCE = 0.05  # of one comparison; the many are not corrected for
+# Hypervolume: what a front gains over a dense FP32 network (4 bytes for each of 620,362 parameters,
+# 10.848768 M MACs x 32 / 8) that guesses.
+REFERENCE_POINT = {
+    "accuracy_percent": 10.0,
+    "size_bytes": 4 * 620_362,
+    "relative_energy": 43.395072,
+}
 
 
 # ---- one variant -------------------------------------------------------------------------------
@@ -62,8 +76,22 @@ def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
     return 100 * (center - half), 100 * (center + half)
 
 
-def evaluate_checkpoint(path: Path, data: Split, test_set: str, device: torch.device) -> dict:
-    """One flat row of metrics.json. Raises UserError when the file is not a usable checkpoint."""
+def evaluate_checkpoint(
+    path: Path, data: Split, test_set: str, device: torch.device
+) -> tuple[dict, list[bool]]:
+    """(one flat row of metrics.json, which images are right, in their order).
+
+    Raises UserError when the file is not a usable checkpoint.
+    """
+    import torch
+
+    from edgecnn.checkpoint import COMMIT, fp32_model, load_checkpoint, sha256
+    from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
+    from edgecnn.packing import storage_bytes
+    from edgecnn.train import predict
+    from mac_hooks import count_macs, energy_score
+    from quantize import int8_model
+
     checkpoint = load_checkpoint(path)
     origin, precision = checkpoint["provenance"], checkpoint["precision"]
     if precision == "int8":
@@ -74,13 +102,14 @@ def evaluate_checkpoint(path: Path, data: Split, test_set: str, device: torch.de
         counted = fold_batch_norm(model)  # as deployed: BN is part of the convolutions
     report = count_macs(counted, IMAGE_SHAPE)
     images, labels = data
-    correct = int((predict(model.to(device), images, device) == labels).sum())
+    hits = (predict(model.to(device), images, device) == labels).tolist()
+    correct = sum(hits)
     low, high = wilson_interval_percent(correct, len(labels))
     bits = {"fp32": 32, "int8": 8}[precision]
     weights = [t for t in checkpoint["tensors"].values() if t.ndim > 1]
     weight_count = sum(t.numel() for t in weights)
     nonzero = sum(int(t.count_nonzero()) for t in weights)
-    return {
+    row = {
         "variant": path.stem,
         "method": origin["method"],
         "criterion": origin["criterion"],
@@ -114,6 +143,7 @@ def evaluate_checkpoint(path: Path, data: Split, test_set: str, device: torch.de
         "evaluated_torch_version": str(torch.__version__),
         "evaluated_commit": COMMIT,
     }
+    return row, hits
 
 
 # ---- rows side by side -------------------------------------------------------------------------
@@ -139,16 +169,69 @@ def difference(row: dict, other: dict | None) -> float | None:
     return other and round(row["accuracy_percent"] - other["accuracy_percent"], 4)
 
 
-def per_seed(runs: list[dict], key: str) -> str:
-    """A signed figure of every run, or a dash where one lacks it."""
-    values = [run[key] for run in runs]
-    return "-" if None in values else " ".join(f"{value:+.2f}" for value in values)
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Exact two-sided p-value of McNemar's test, from the images that one variant alone gets right.
+
+    Without a difference each of the n = gained + lost images falls on either side with chance 1/2:
+    p = 2 P(X <= min(gained, lost)), X binomial (n, 1/2), at most 1. McNemar 1947, Psychometrika
+    12:153-157, with the exact binomial distribution.
+    """
+    n, tail, ways = gained + lost, 0, 1
+    for k in range(min(gained, lost) + 1):
+        tail += ways  # n choose k
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)  # integers up to the one division
 
 
-def compare(rows: list[dict]) -> list[dict]:
-    """Rows with what needs the others: change against the parent, dominance, statistics over seeds.
+def held_against(row: dict, other: dict | None, name: str, hits: dict[str, list[bool]]) -> dict:
+    """What `row` gains and loses against `other` on the same images; None without the other."""
+    gained = lost = p = None
+    if other is not None:
+        pairs = list(zip(hits[row["variant"]], hits[other["variant"]], strict=True))
+        gained, lost = pairs.count((True, False)), pairs.count((False, True))
+        p = mcnemar_p(gained, lost)
+    return {
+        CHANGE_KEYS[name]: difference(row, other),
+        f"images_gained_vs_{name}": gained,
+        f"images_lost_vs_{name}": lost,
+        f"mcnemar_p_vs_{name}": p,
+    }
 
-    Raises UserError when two rows have one name.
+
+def union_volume(corners: list[tuple[float, float, float]]) -> float:
+    """Volume of the union of boxes from the origin to each corner; exact, corners at or below 0 add 0.
+
+    Between the heights of two corners the cross-section is a union of rectangles: slice by slice.
+    """
+    corners = sorted((c for c in corners if min(c) > 0), key=lambda c: -c[2])
+    volume = 0.0
+    for i, (_, _, top) in enumerate(corners):
+        bottom = corners[i + 1][2] if i + 1 < len(corners) else 0.0
+        rectangles = sorted(((x, y) for x, y, _ in corners[: i + 1]), reverse=True)
+        area = height = 0.0
+        for j, (x, y) in enumerate(rectangles):
+            height = max(height, y)
+            left = rectangles[j + 1][0] if j + 1 < len(rectangles) else 0.0
+            area += (x - left) * height
+        volume += area * (top - bottom)
+    return volume
+
+
+def gains(row: dict) -> tuple[float, float, float]:
+    """(points of accuracy, halvings of the bytes, halvings of the energy score) over the reference."""
+    return (
+        row["accuracy_percent"] - REFERENCE_POINT["accuracy_percent"],
+        math.log2(REFERENCE_POINT["size_bytes"] / row["size_bytes"]),
+        # A score that rounds to 0 counts as the last digit it is stored with.
+        math.log2(REFERENCE_POINT["relative_energy"] / max(row["relative_energy"], 1e-4)),
+    )
+
+
+def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
+    """Rows with what needs the others: changes, dominance, the front's volume, statistics over seeds.
+
+    hits: variant -> which images are right, in one order. Raises UserError when two rows have one
+    name.
     """
     by_name = {row["variant"]: row for row in rows}
     if len(by_name) < len(rows):
@@ -161,16 +244,21 @@ def compare(rows: list[dict]) -> list[dict]:
         # The same fine-tuning without pruning is what a pruned variant has to be held against.
         control = by_name.get(variant_name("control", row["precision"], seed=row["seed"]))
         control = control if row["method"].startswith("pruned") else None
-        better = [other for other in rows if other["seed"] == row["seed"] and dominates(other, row)]
+        baseline = by_name.get(variant_name("baseline", "fp32", seed=row["seed"]))
+        baseline = baseline if baseline is not row else None
+        rivals = [other for other in rows if other["seed"] == row["seed"]]
+        better = [other for other in rivals if dominates(other, row)]
         runs = [other["accuracy_percent"] for other in rows if group(other) == group(row)]
         compared.append(
             {
                 **row,
-                "accuracy_change_points": difference(row, parent),
-                "accuracy_change_vs_control_points": difference(row, control),
+                **held_against(row, parent, "parent", hits),
+                **held_against(row, control, "control", hits),
+                **held_against(row, baseline, "baseline", hits),
                 "dominated_by": max(better, key=lambda r: r["accuracy_percent"])["variant"]
                 if better
                 else None,
+                "front_hypervolume": round(union_volume([gains(r) for r in rivals]), 3),
                 "seeds": len(runs),
                 "accuracy_mean_percent": round(statistics.mean(runs), 4),
                 "accuracy_std_points": round(statistics.stdev(runs), 4) if len(runs) > 1 else None,
@@ -206,9 +294,27 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join([render(header), f"|{rule}|", *map(render, lines)])
 
 
+def signed(row: dict, name: str) -> str:
+    """A change of accuracy, marked n.s. where McNemar's test does not tell it from none; or a dash."""
+    change, p = row.get(CHANGE_KEYS[name]), row.get(f"mcnemar_p_vs_{name}")
+    if change is None:
+        return "-"
+    return f"{change:+.2f}" + (" n.s." if p is not None and p >= SIGNIFICANCE else "")
+
+
+def per_seed(runs: list[dict], name: str) -> str:
+    """The change of every run, or a dash where one lacks it."""
+    changes = [signed(run, name) for run in runs]
+    return "-" if "-" in changes else ", ".join(changes)
+
+
+def optional(row: dict, key: str) -> str:
+    """A figure with two decimals, or a dash where the row was measured without it."""
+    return "-" if row.get(key) is None else f"{row[key]:.2f}"
+
+
 def variant_table(rows: list[dict]) -> str:
-    """The main table: one line a variant of the lowest seed."""
-    first = min(row["seed"] for row in rows)
+    """One line a variant."""
     lines = [
         [
             row["variant"],
@@ -216,21 +322,24 @@ def variant_table(rows: list[dict]) -> str:
             f"{row['accuracy_ci95_low_percent']:.1f}-{row['accuracy_ci95_high_percent']:.1f}",
             "-"
             if row["accuracy_change_points"] is None
-            else f"{row['accuracy_change_points']:+.2f} ({row['parent']})",
+            else f"{signed(row, 'parent')} ({row['parent']})",
+            signed(row, "baseline"),
             f"{row['size_bytes']:,}",
             f"{row['size_bytes'] / MIB:.2f}",
             f"{row['macs'] / 1e6:.2f}",
             f"{row['macs_nonzero'] / 1e6:.2f}",
             f"{row['sparsity_percent']:.1f}",
             f"{row['relative_energy']:.2f}",
+            optional(row, "energy_sram_uj"),
+            optional(row, "energy_dram_uj"),
             row["dominated_by"] or "no",
         ]
         for row in rows
-        if row["seed"] == first
     ]
     header = (
-        "Variant;Accuracy %;95 % interval;Change, points (against);File bytes;File MB;MACs M;"
-        "Non-zero MACs M;Zeros %;Relative energy;Dominated by"
+        "Variant;Accuracy %;95 % interval;Change, points (against);Against baseline FP32;File bytes;"
+        "File MB;MACs M;Non-zero MACs M;Zeros %;Relative energy;Energy uJ, SRAM;Energy uJ, DRAM;"
+        "Dominated by"
     ).split(";")
     return markdown_table(header, lines)
 
@@ -252,8 +361,8 @@ def seed_table(rows: list[dict]) -> str:
                 f"{runs[0]['accuracy_mean_percent']:.2f}",
                 f"{runs[0]['accuracy_std_points']:.2f}",
                 f"{min(accuracies):.2f}-{max(accuracies):.2f}",
-                per_seed(runs, "accuracy_change_points"),
-                per_seed(runs, "accuracy_change_vs_control_points"),
+                per_seed(runs, "parent"),
+                per_seed(runs, "control"),
                 f"{statistics.mean(run['macs_nonzero'] for run in runs) / 1e6:.2f}",
             ]
         )
@@ -264,9 +373,24 @@ def seed_table(rows: list[dict]) -> str:
     return markdown_table(header, lines) if lines else ""
 
 
+def front_note(rows: list[dict]) -> str:
+    """The front's hypervolume, a seed; empty where the rows were measured without it."""
+    volumes = {row["seed"]: row.get("front_hypervolume") for row in rows}
+    if None in volumes.values():
+        return ""
+    shown = ", ".join(f"{volume:.1f} (seed {seed})" for seed, volume in sorted(volumes.items()))
+    axes = "points x halvings of bytes x halvings of relative energy"
+    return f"Dominated hypervolume of the front ({axes}): {shown}."
+
+
 def tables(rows: list[dict]) -> str:
-    """table.md and the README's block: the variants and, with several seeds, their statistics."""
-    return "\n\n".join(filter(None, [variant_table(rows), seed_table(rows)])) + "\n"
+    """table.md and the README's block: headline and front of the lowest seed, statistics over seeds."""
+    lowest = lowest_seed_rows(rows)
+    shown = [row for row in lowest if is_headline(row["variant"]) or not row["dominated_by"]]
+    hidden = len(lowest) - len(shown)
+    note = f"{hidden} more, dominated, in `table_all.md`." if hidden else ""
+    parts = [variant_table(shown), note, front_note(rows), seed_table(rows)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def readme_with(readme: str, block: str) -> str:
@@ -287,6 +411,9 @@ def readme_with(readme: str, block: str) -> str:
 
 def inspection(path: Path) -> str:
     """What a checkpoint is, how it was made, and its tensors with shape, dtype, zeros and bytes."""
+    from edgecnn.checkpoint import load_checkpoint, sha256
+    from edgecnn.packing import storage_bytes
+
     checkpoint = load_checkpoint(path)
     stored = storage_bytes(checkpoint["tensors"])
     origin = [f"  {key:<14} {value}" for key, value in checkpoint["provenance"].items()]
@@ -329,6 +456,13 @@ def parse_arguments():
         "--inspect", type=Path, metavar="FILE", help="describe one checkpoint and stop"
     )
     parser.add_argument(
+        "--budget",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help=f"name the best variant of metrics.json within limits, exit code 1 if none fits: {HELP}",
+    )
+    parser.add_argument(
         "--update-readme",
         action="store_true",
         help="also put the table between the README's two markers",
@@ -360,6 +494,8 @@ def find_checkpoints(run: str) -> list[Path]:
 
 def load_images(args) -> tuple[Split, str]:
     """The images that judge, and what they are."""
+    from edgecnn.data import load_sample, load_split, load_training
+
     if args.smoke:
         return load_sample()[1], "held-out part of the smoke sample (training images)"
     if args.holdout:
@@ -396,36 +532,60 @@ def readme_to_update(args) -> str | None:
     return readme
 
 
-@user_errors_exit_2
-def main():
-    args = parse_arguments()
-    if args.inspect:
-        print(inspection(args.inspect))
-        return
-    run = run_name(args)
-    metrics, table = results_dir(run) / "metrics.json", results_dir(run) / "table.md"
-    readme = readme_to_update(args)
-    paths = args.checkpoints or find_checkpoints(run)
-    if not args.checkpoints:
-        require_complete(paths, metrics)
-        require_writable(results_dir(run))
+def pick(args) -> None:
+    """Answer --budget from the run's metrics.json. Exits with 1 when no variant fits."""
+    if args.inspect or args.checkpoints or args.update_readme:
+        raise UserError("--budget reads metrics.json and stops; give it with --run alone")
+    limits = parse_budget(args.budget)
+    rows = read_rows(results_dir(run_name(args)) / "metrics.json", {"size_bytes": (1, 1e15)})
+    fits, text = answer(rows, limits)
+    print(text)
+    if not fits:
+        sys.exit(1)
+
+
+def measure(paths: list[Path], args) -> list[dict]:
+    """The rows of metrics.json, in the tables' order. Raises UserError before any work."""
+    from edgecnn.checkpoint import load_checkpoint, require_unseen_holdout
+    from edgecnn.train import pick_device
+
     for path in paths:  # every file is checked before minutes are spent on the first
         require_unseen_holdout(load_checkpoint(path), args.holdout and not args.smoke)
     device = pick_device(args.device)
     data, test_set = load_images(args)
-    rows = []
+    rows, hits = [], {}
     for path in paths:
-        rows.append(evaluate_checkpoint(path, data, test_set, device))
-        print(f"{path.stem}: {rows[-1]['accuracy_percent']:.2f} % of {len(data[1]):,} images")
-    rows = sorted(compare(rows), key=sort_key)
-    print(f"\n{tables(rows)}")
-    if args.checkpoints:
+        row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
+        rows.append(row)
+        print(f"{path.stem}: {row['accuracy_percent']:.2f} % of {len(data[1]):,} images")
+    return sorted(compare(rows, hits), key=sort_key)
+
+
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    if args.budget:
+        return pick(args)
+    if args.inspect:
+        print(inspection(args.inspect))
         return
-    write_json(metrics, rows)
-    write_text(table, tables(rows))
+    folder = results_dir(run_name(args))
+    readme = readme_to_update(args)
+    paths = args.checkpoints or find_checkpoints(run_name(args))
+    if not args.checkpoints:
+        require_complete(paths, folder / "metrics.json")
+        require_writable(folder)
+    rows = measure(paths, args)
+    if args.checkpoints:
+        print(f"\n{variant_table(rows)}")
+        return
+    print(f"\n{tables(rows)}")
+    write_json(folder / "metrics.json", rows)
+    write_text(folder / "table.md", tables(rows))
+    write_text(folder / "table_all.md", variant_table(rows) + "\n")
     if readme is not None:
         write_text(README, readme_with(readme, tables(rows)))
-    print(f"wrote {metrics} and {table}")
+    print(f"wrote metrics.json, table.md and table_all.md in {folder}")
 
 
 if __name__ == "__main__":

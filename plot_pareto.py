@@ -2,12 +2,15 @@
 
     python plot_pareto.py            # after python evaluate.py
     python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
+    python plot_pareto.py --budget flash_kb=512 accuracy=85   # shades what a budget allows
 
 Reads   results/metrics.json, a list of flat rows, one a variant (of several seeds the lowest).
-Writes  results/optimization_results.png and results/optimization_results.svg.
+Writes  results/optimization_results.png and results/optimization_results.svg
+        (optimization_results_budget.png and .svg with --budget).
 
 A point is on the front of a panel when no other variant is at least as accurate for at most the
 same cost and better in one of the two. Reference points from elsewhere never enter the front.
+The headline variants and each panel's front are named; every other variant is a small mark.
 """
 
 import itertools
@@ -19,27 +22,41 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from edgecnn.budget import HELP, LIMITS, amount, figure_of, number, parse_budget, ranked
 from edgecnn.cli import Parser
 from edgecnn.files import (
     NAME_PATTERN,
-    UserError,
     atomic_path,
-    read_json,
+    is_headline,
+    lowest_seed_rows,
+    read_rows,
     results_dir,
     user_errors_exit_2,
 )
 
 # ---------------------------------------------------------------------------------------------
 # Constants
-MADE_BY = "python evaluate.py"
-# One panel each: the row's key, what one axis unit is in the key's unit, the axis label.
+# One panel each: the row's key, what one axis unit is in the key's unit, the axis label, and the
+# limits of a budget that belong to it.
 PANELS = [
-    ("size_bytes", 2**20, "file size\n(MB of $2^{20}$ bytes)"),
-    ("macs_nonzero", 1e6, "non-zero MACs\n(millions an image)"),
-    ("relative_energy", 1, "relative energy score\n(million MACs × bits/8, zeros skipped)"),
+    ("size_bytes", 2**20, "file size\n(MB of $2^{20}$ bytes)", ("flash_kb",)),
+    ("macs_nonzero", 1e6, "non-zero MACs\n(millions an image)", ("macs_m",)),
+    (
+        "relative_energy",
+        1,
+        "relative energy score\n(million MACs × bits/8, zeros skipped)",
+        ("energy_uj", "energy_stm32l4r5_uj"),
+    ),
 ]
+# The axes that take a panel's place when a budget limits what it stands for.
+LIMIT_LABELS = {
+    "flash_kb": "flash\n(KB of $2^{10}$ bytes, {origin})",
+    "energy_uj": "energy an inference, weights in SRAM\n(µJ, {origin})",
+    "energy_stm32l4r5_uj": "energy an inference, STM32L4R5\n(µJ, {origin})",
+}
 CI_KEYS = ("accuracy_ci95_low_percent", "accuracy_ci95_high_percent")  # optional
 # Precision -> marker and colour (Okabe-Ito); the shape alone tells them apart in grey.
 STYLES = {"fp32": ("o", "#0072B2"), "int8": ("s", "#D55E00")}
@@ -62,8 +79,13 @@ assumed, not counted. ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8
 accuracy on the 10,000 test images.
 """
 COST_RANGE = (1e-6, 1e15)  # a cost of zero or less has no place on a logarithmic axis
+BUDGET_NOTE = """
+Budget: {budget}. Green: what a panel's own limit and the accuracy floor allow. Ringed: the variants \
+that meet every limit{no_panel}. {best}
+"""
+GREEN = "#009E73"
 GREY = "#808080"
-MARKER_POINTS = 7
+MARKER_POINTS, SMALL_MARKER_POINTS, RING_POINTS = 7, 4, 12
 LABEL_FONT = 9.5
 LABEL_LENGTH = 24  # longer names are cut, or one label could be wider than its panel
 LEADER_POINTS = 9  # a label further from its mark than this gets a leader line
@@ -78,36 +100,6 @@ OFF_MARK, OFF_DOUBT, OFF_LINE, OFF_BAR = 1e4, 80, 60, 12
 
 # ---------------------------------------------------------------------------------------------
 # Data
-def in_range(value, low: float, high: float) -> bool:
-    """True for a number from low to high; booleans, text, NaN and infinity are out of any range."""
-    return type(value) in (int, float) and low <= value <= high
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of metrics.json, every key that the picture needs checked; raises UserError."""
-    rows = read_json(path, MADE_BY)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is not a list of variants, or an empty one; run: {MADE_BY}")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number} is not an object; run: {MADE_BY}")
-        name = row.get("variant")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f'{path}: row {number} has no name under "variant"; run: {MADE_BY}')
-        if not isinstance(row.get("seed", 0), int):
-            raise UserError(f'{path}: row {number} ({name}): "seed" is no integer; run: {MADE_BY}')
-        needed = ["accuracy_percent", *(key for key, _, _ in PANELS)]
-        for key in needed + [key for key in CI_KEYS if row.get(key) is not None]:
-            low, high = (0, 100) if key.startswith("accuracy") else COST_RANGE
-            if not in_range(row.get(key), low, high):
-                problem = f"is {row[key]!r:.40}, not a number" if key in row else "is missing"
-                raise UserError(
-                    f'{path}: row {number} ({name}): "{key}" {problem} '
-                    f"(from {low:g} to {high:g}); run: {MADE_BY}"
-                )
-    return rows
-
-
 def pareto_front(costs, accuracies) -> list[int]:
     """Indices of the non-dominated points (least cost, most accuracy), by rising cost.
 
@@ -226,10 +218,10 @@ def place_labels(anchors, sizes, bounds, marks, lines, bars) -> list[np.ndarray]
 
 # ---------------------------------------------------------------------------------------------
 # Picture
-def set_accuracy_axis(axes, rows) -> None:
-    """One accuracy axis for all; references far below the variants share a compressed band."""
+def set_accuracy_axis(axes, rows, floor: float | None = None) -> None:
+    """One accuracy axis for all, with a budget's floor; references far below share a compressed band."""
     own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
-    own = [value for value in own if value is not None]
+    own = [value for value in [*own, floor] if value is not None]
     references = [accuracy for _, _, accuracy, _ in REFERENCES]
     low, high = min(own + references), max(own + references)
     low, high = low - 0.4 - 0.04 * (high - low), high + 0.2 + 0.04 * (high - low)
@@ -287,37 +279,44 @@ def front_corners(costs, accuracies, front, right: float) -> np.ndarray:
     return np.column_stack([np.repeat(x, 2)[1:-1], np.repeat(y, 2)])
 
 
-def draw_panel(panel, rows, costs, reference_costs) -> None:
-    """Front line, filled front points, hollow dominated ones, references and labels."""
+def draw_panel(panel, rows, costs, references) -> None:
+    """Front line, filled front points, hollow dominated ones, small ones without a name, labels.
+
+    references: (marker, cost, accuracy) of points from elsewhere.
+    """
     accuracies = [row["accuracy_percent"] for row in rows]
     front = pareto_front(costs, accuracies)
     corners = front_corners(costs, accuracies, front, panel.get_xlim()[1])
     panel.plot(*corners.T, color="#444444", lw=1.2, zorder=2)
+    named = [i for i, row in enumerate(rows) if i in front or is_headline(row["variant"])]
     for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
         marker, color = style(row)
-        if has_ci(row):
+        if has_ci(row) and i in named:
             panel.vlines(cost, *(row[key] for key in CI_KEYS), color=color, lw=0.7, alpha=0.35)
-        fill = color if i in front else "white"
         panel.plot(
             cost,
             accuracies[i],
             marker,
-            ms=MARKER_POINTS,
+            ms=MARKER_POINTS if i in named else SMALL_MARKER_POINTS,
             color=color,
-            mfc=fill,
-            zorder=4 + (i in front),
+            mfc=color if i in front else "white",
+            zorder=3.5 + (i in named) + (i in front),
         )
-    for (_, marker, accuracy, _), cost in zip(REFERENCES, reference_costs, strict=True):
+    for marker, cost, accuracy in references:
         panel.plot(cost, accuracy, marker, ms=MARKER_POINTS, color=GREY, zorder=3)
-    label_points(panel, rows, costs, reference_costs, corners)
+    others = [(cost, accuracies[i]) for i, cost in enumerate(costs) if i not in named]
+    others += [(cost, accuracy) for _, cost, accuracy in references]
+    label_points(panel, [rows[i] for i in named], [costs[i] for i in named], others, corners)
 
 
-def label_points(panel, rows, costs, reference_costs, corners) -> None:
-    """A label beside each of the rows' points, with a leader line where it had to move away."""
+def label_points(panel, rows, costs, others, corners) -> None:
+    """A label beside each of the rows' points, with a leader line where it had to move away.
+
+    others: (cost, accuracy) of the marks without a label.
+    """
     pixels = panel.figure.dpi / 72
     pairs = list(zip(costs, rows, strict=True))
     points = [(cost, row["accuracy_percent"]) for cost, row in pairs]
-    others = [(cost, entry[2]) for cost, entry in zip(reference_costs, REFERENCES, strict=True)]
     offset = {
         "textcoords": "offset points",
         "xytext": (0, 0),
@@ -330,7 +329,7 @@ def label_points(panel, rows, costs, reference_costs, corners) -> None:
         for row, point in zip(rows, points, strict=True)
     ]
     anchors = panel.transData.transform(points)
-    marks = np.concatenate([anchors, panel.transData.transform(others)])
+    marks = np.concatenate([anchors, panel.transData.transform(np.reshape(others, (-1, 2)))])
     half = 0.65 * MARKER_POINTS * pixels
     bars = [[(cost, row[key]) for key in CI_KEYS] for cost, row in pairs if has_ci(row)]
 
@@ -355,7 +354,54 @@ def label_points(panel, rows, costs, reference_costs, corners) -> None:
             panel.annotate("", point, arrowprops=arrow | {"shrinkB": MARKER_POINTS / 2}, **offset)
 
 
-def legend_handles(rows) -> list[Line2D]:
+def shade(panel, rows, costs, limits: dict[str, float], bound: str | None) -> None:
+    """The region that a panel's limit and the accuracy floor allow, and a ring about what fits all."""
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    floor = limits.get("accuracy", low)
+    edge = min(limits[bound], right) if bound else right
+    if bound or "accuracy" in limits:
+        panel.fill_between([left, edge], floor, high, color=GREEN, alpha=0.13, lw=0, zorder=1)
+        panel.plot([left, edge], [floor, floor], color=GREEN, lw=1, ls="--", zorder=1)
+        panel.plot([edge, edge], [floor, high], color=GREEN, lw=1, ls="--", zorder=1)
+        panel.set_ylim(low, high)
+    fitting = ranked(rows, limits)
+    for row, cost in zip(rows, costs, strict=True):
+        if row in fitting:
+            point = (cost, row["accuracy_percent"])
+            panel.plot(*point, "o", ms=RING_POINTS, color=GREEN, mfc="none", mew=1.6, zorder=3)
+
+
+def panel_costs(n: int, rows, limits: dict[str, float]):
+    """What panel n shows: (a cost a row, references, label, the limit that belongs to it or None).
+
+    A limit on flash or energy brings its own figure along: neither the coded file's bytes nor the
+    relative score is what it bounds.
+    """
+    key, unit, label, own = PANELS[n]
+    bound = next((name for name in own if name in limits), None)
+    references = [(marker, costs[n], accuracy) for _, marker, accuracy, costs in REFERENCES]
+    if bound not in LIMIT_LABELS:
+        return [row[key] / unit for row in rows], references, label, bound
+    origins = dict.fromkeys(figure_of(row, bound).origin.split(":")[0].split()[0] for row in rows)
+    label = LIMIT_LABELS[bound].replace("{origin}", " or ".join(origins))
+    return [amount(row, bound) for row in rows], [], label, bound
+
+
+def budget_note(rows, limits: dict[str, float]) -> str:
+    """The footnote of a picture with a budget: the limits, what shows them, the best variant."""
+    fitting = ranked(rows, limits)
+    shown = {next((name for name in own if name in limits), None) for *_, own in PANELS}
+    no_panel = [name for name in limits if name not in shown | {"accuracy"}]
+    best = f"Best: {fitting[0]['variant']}." if fitting else "Nothing fits."
+    budget = ", ".join(
+        f"{name} at {'least' if LIMITS[name].floor else 'most'} {number(limit)}"
+        for name, limit in limits.items()
+    )
+    no_panel = f" ({', '.join(no_panel)}, which no panel shows, included)" if no_panel else ""
+    return BUDGET_NOTE.format(budget=budget, no_panel=no_panel, best=best).strip()
+
+
+def legend_handles(rows, budget: bool) -> list:
     """What shapes, fills, grey marks and percentages mean."""
 
     def mark(label, marker, color, fill=None, **look):
@@ -373,32 +419,50 @@ def legend_handles(rows) -> list[Line2D]:
     handles += [mark(label, marker, GREY) for label, marker, _, _ in REFERENCES]
     if any(has_ci(row) for row in rows):
         handles.append(mark("95 % confidence interval", "|", "#444444"))
-    return [*handles, mark("share of weights pruned", r"$50\,\%$", "#444444", ms=22, mew=0)]
+    handles.append(mark("share of weights pruned", r"$50\,\%$", "#444444", ms=22, mew=0))
+    if budget:
+        handles.append(Patch(color=GREEN, alpha=0.2, label="allowed by this panel's limits"))
+        handles.append(mark("meets the whole budget", "o", GREEN, "none", ms=RING_POINTS - 2))
+    return handles
 
 
-def draw(rows: list[dict]) -> Figure:
-    """The whole picture, of the rows with the lowest seed."""
-    lowest = min(row.get("seed", 0) for row in rows)
-    rows = [row for row in rows if (row.get("seed", 0)) == lowest]
+def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
+    """The whole picture, of the rows with the lowest seed, with what a budget's limits allow.
+
+    Raises UserError when a row lacks the figure that a limit is about.
+    """
+    rows, limits = lowest_seed_rows(rows), limits or {}
+    notes = FOOTNOTES.strip().split("\n") + ([budget_note(rows, limits)] if limits else [])
+    notes = "\n".join(textwrap.fill(note, 160) for note in notes)
     figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no window system needed, and text can be measured
-    figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=0.195, wspace=0.06)
+    bottom = 0.195 + 0.022 * (notes.count("\n") - 3)
+    figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=bottom, wspace=0.06)
     axes = figure.subplots(1, len(PANELS), sharey=True)
-    set_accuracy_axis(axes, rows)
-    for n, (panel, (key, unit, label)) in enumerate(zip(axes, PANELS, strict=True)):
-        costs = [row[key] / unit for row in rows]
-        reference_costs = [entry[3][n] for entry in REFERENCES]
-        set_cost_axis(panel, costs + reference_costs, label)
+    set_accuracy_axis(axes, rows, limits.get("accuracy"))
+    for n, panel in enumerate(axes):
+        costs, references, label, bound = panel_costs(n, rows, limits)
+        ends = [*costs, *(cost for _, cost, _ in references)]
+        if bound:  # the limit too, so far as a region below it has anything to show
+            ends.append(min(max(limits[bound], min(ends) / 2), max(ends)))
+        set_cost_axis(panel, ends, label)
         panel.grid(color="#DDDDDD", lw=0.6)
         panel.set_axisbelow(True)
-        draw_panel(panel, rows, costs, reference_costs)
+        if limits:
+            shade(panel, rows, costs, limits, bound)
+        draw_panel(panel, rows, costs, references)
     title = "What accuracy costs: size, computation and energy score of each variant"
     figure.suptitle(title, fontsize=14, y=0.985)
-    handles = legend_handles(rows)
+    handles = legend_handles(rows, bool(limits))
+    columns = 6 if limits else 5
     figure.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncol=5, frameon=False
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.955),
+        ncol=columns,
+        frameon=False,
+        columnspacing=1.2 if limits else None,
     )
-    notes = "\n".join(textwrap.fill(note, 160) for note in FOOTNOTES.strip().split("\n"))
     figure.text(0.065, 0.012, notes, fontsize=9.5, color="#333333", va="bottom")
     return figure
 
@@ -421,12 +485,20 @@ def main() -> None:
         metavar="FILE",
         help="rows to draw, the pictures beside it (default: the run's metrics.json)",
     )
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help=f"shade what limits allow, in a picture of its own: {HELP}",
+    )
     args = parser.parse_args()
+    limits = parse_budget(args.budget or [])
     metrics = args.metrics or results_dir(args.run) / "metrics.json"
-    folder = metrics.parent
-
-    figure = draw(read_rows(metrics))
-    png, svg = folder / "optimization_results.png", folder / "optimization_results.svg"
+    needed = {key: COST_RANGE for key, *_ in PANELS}
+    figure = draw(read_rows(metrics, needed, dict.fromkeys(CI_KEYS, (0, 100))), limits)
+    name = "optimization_results_budget" if limits else "optimization_results"
+    png, svg = metrics.parent / f"{name}.png", metrics.parent / f"{name}.svg"
     matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
     with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
         figure.savefig(png_temporary)

@@ -17,6 +17,9 @@ NAME_PATTERN = re.compile(
 )
 
 
+HEADLINE = ("baseline", "control", "pruned_50")  # the methods that every table and picture names
+
+
 class UserError(Exception):
     """A mistake the user can mend: printed as one line on stderr, exit code 2."""
 
@@ -61,6 +64,12 @@ def variant_name(method: str, precision: str, criterion: str = DEFAULT_CRITERION
     if seed:
         parts.append(f"seed{seed}")
     return "_".join([*parts, precision])
+
+
+def is_headline(variant: str) -> bool:
+    """Whether a variant is one that tables and pictures always name, of whatever seed."""
+    match = NAME_PATTERN.fullmatch(variant)
+    return match is not None and match["method"] in HEADLINE
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -129,3 +138,44 @@ def read_json(path: Path, made_by: str):
         raise UserError(
             f"{path} is not readable JSON ({error}); make it again with: {made_by}"
         ) from None
+
+
+def in_range(value, low: float, high: float) -> bool:
+    """True for a number from low to high; booleans, text, NaN and infinity are out of any range."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[dict]:
+    """The rows of a metrics.json, checked as far as a reader needs them; raises UserError.
+
+    needed, optional: key -> (low, high), between which its values must lie; an optional one may be
+    absent or null. Names, seeds and accuracies are always checked.
+    """
+    made_by = "python evaluate.py"
+    rows = read_json(path, made_by)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} is not a list of variants, or an empty one; run: {made_by}")
+    needed = {"accuracy_percent": (0, 100), **needed}
+    for count, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {count} is not an object; run: {made_by}")
+        name = row.get("variant")
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f'{path}: row {count} has no name under "variant"; run: {made_by}')
+        if not isinstance(row.get("seed", 0), int):
+            raise UserError(f'{path}: row {count} ({name}): "seed" is no integer; run: {made_by}')
+        given = {key: ends for key, ends in (optional or {}).items() if row.get(key) is not None}
+        for key, (low, high) in (needed | given).items():
+            if not in_range(row.get(key), low, high):
+                problem = f"is {row[key]!r:.40}, not a number" if key in row else "is missing"
+                raise UserError(
+                    f'{path}: row {count} ({name}): "{key}" {problem} '
+                    f"(from {low:g} to {high:g}); run: {made_by}"
+                )
+    return rows
+
+
+def lowest_seed_rows(rows: list[dict]) -> list[dict]:
+    """The rows of the lowest seed: those that the table, the picture and a budget compare."""
+    first = min(row.get("seed", 0) for row in rows)
+    return [row for row in rows if row.get("seed", 0) == first]

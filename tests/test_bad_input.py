@@ -321,4 +321,4 @@ def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
 def test_unknown_variant_names_are_welcome(copy, capsys):
     shutil.copy(copy / FOLDER / "baseline_int8.pt", copy / FOLDER / "my own (v2).pt")
     run_main("evaluate", "--smoke")
-    assert "my own (v2)" in (copy / "results/smoke/table.md").read_text()
+    assert "my own (v2)" in (copy / "results/smoke/table_all.md").read_text()

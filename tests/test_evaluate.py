@@ -1,7 +1,9 @@
 """The table: closed-form figures, true dominance, and a README that agrees with the committed run."""
 
 import json
+import random
 import re
+from fractions import Fraction
 
 import pytest
 from conftest import REPOSITORY, run_main
@@ -10,10 +12,17 @@ from edgecnn.checkpoint import load_checkpoint, sha256
 from edgecnn.files import NAME_PATTERN, variant_name
 from evaluate import (
     README_MARKERS,
+    REFERENCE_POINT,
     compare,
     dominates,
+    gains,
+    mcnemar_p,
+    per_seed,
     readme_with,
+    signed,
     tables,
+    union_volume,
+    variant_table,
     wilson_interval_percent,
 )
 
@@ -37,6 +46,12 @@ def row(variant, accuracy, size_bytes, energy, **fields):
         "checkpoint_sha256": variant,
         **fields,
     }
+
+
+def hits_of(rows):
+    """Made-up images: the first ones right, as many of 10,000 as the accuracy says."""
+    counts = {r["variant"]: round(100 * r["accuracy_percent"]) for r in rows}
+    return {name: [i < count for i in range(10_000)] for name, count in counts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +83,17 @@ def test_dominance_needs_no_worse_everywhere_and_better_somewhere():
 
 
 def test_changes_statistics_and_dominance_stay_within_their_seed():
-    rows = compare(
-        [
-            row("baseline_fp32", 85.0, 2000, 40.0),
-            row("baseline_seed1_fp32", 86.0, 2000, 40.0),
-            row(
-                "baseline_int8",
-                84.9,
-                600,
-                10.0,
-                parent="baseline_fp32",
-                parent_sha256="baseline_fp32",
-            ),
-            row("pruned_50_fp32", 85.5, 1000, 20.0, parent="baseline_fp32", parent_sha256="older"),
-            row("control_fp32", 85.75, 2000, 40.0),
-            row("control_seed1_fp32", 80.0, 2000, 40.0),
-        ]
-    )
-    named = {r["variant"]: r for r in rows}
+    rows = [
+        row("baseline_fp32", 85.0, 2000, 40.0),
+        row("baseline_seed1_fp32", 86.0, 2000, 40.0),
+        row(
+            "baseline_int8", 84.9, 600, 10.0, parent="baseline_fp32", parent_sha256="baseline_fp32"
+        ),
+        row("pruned_50_fp32", 85.5, 1000, 20.0, parent="baseline_fp32", parent_sha256="older"),
+        row("control_fp32", 85.75, 2000, 40.0),
+        row("control_seed1_fp32", 80.0, 2000, 40.0),
+    ]
+    named = {r["variant"]: r for r in compare(rows, hits_of(rows))}
     assert named["baseline_int8"]["accuracy_change_points"] == pytest.approx(-0.1)
     assert named["pruned_50_fp32"]["accuracy_change_points"] is None  # its parent was retrained
     assert named["pruned_50_fp32"]["accuracy_change_vs_control_points"] == -0.25
@@ -95,6 +103,143 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
     assert named["baseline_fp32"]["accuracy_mean_percent"] == 85.5
     assert named["baseline_fp32"]["accuracy_std_points"] == pytest.approx(0.5**0.5, abs=1e-3)
     assert named["baseline_int8"]["accuracy_std_points"] is None
+    int8, pruned = named["baseline_int8"], named["pruned_50_fp32"]
+    assert (int8["images_gained_vs_parent"], int8["images_lost_vs_parent"]) == (0, 10)
+    assert int8["mcnemar_p_vs_parent"] == 2 / 2**10
+    assert int8["mcnemar_p_vs_control"] is None and int8["mcnemar_p_vs_baseline"] == 2 / 2**10
+    assert (pruned["mcnemar_p_vs_parent"], pruned["images_lost_vs_parent"]) == (None, None)
+    assert pruned["images_lost_vs_control"] == 25
+    assert pruned["accuracy_change_vs_baseline_points"] == 0.5
+    assert named["baseline_fp32"]["mcnemar_p_vs_baseline"] is None
+    volumes = {r["seed"]: r["front_hypervolume"] for r in named.values()}
+    assert volumes[0] == pytest.approx(
+        union_volume([gains(r) for r in rows if not r["seed"]]), abs=1e-3
+    )
+    assert volumes[1] < volumes[0]
+
+
+# ---- McNemar's exact test ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (7, 7, 1.0),
+        (5, 0, 2 / 32),
+        (6, 0, 2 / 64),
+        (1, 5, 2 * (1 + 6) / 64),
+        (2, 8, 2 * (1 + 10 + 45) / 1024),
+        (0, 1000, 2 / 2**1000),
+    ],
+)
+def test_mcnemar_closed_forms(gained, lost, p):
+    assert mcnemar_p(gained, lost) == mcnemar_p(lost, gained) == p
+
+
+def test_mcnemar_is_exact_for_many_pairs_and_grows_with_the_balance():
+    # Pascal's triangle, built by addition alone, is another way to the same integers.
+    line = [1]
+    for _ in range(1100):
+        line = [a + b for a, b in zip([0, *line], [*line, 0], strict=True)]
+    for gained in (400, 500, 516, 549):
+        expected = Fraction(2 * sum(line[: gained + 1]), 2**1100)
+        assert mcnemar_p(gained, 1100 - gained) == float(expected)
+    ps = [mcnemar_p(gained, 1100 - gained) for gained in range(0, 551, 10)]
+    assert ps == sorted(ps) and ps[-1] == 1.0
+    assert mcnemar_p(4_900, 5_100) == pytest.approx(0.0466, abs=5e-4)  # the normal approximation
+
+
+def test_differences_that_are_not_significant_are_marked():
+    change = {"accuracy_change_points": 0.11, "mcnemar_p_vs_parent": 0.05}
+    assert signed(change, "parent") == "+0.11 n.s."
+    assert signed(change | {"mcnemar_p_vs_parent": 0.0499}, "parent") == "+0.11"
+    assert signed({"accuracy_change_points": 0.11}, "parent") == "+0.11"  # not tested, not marked
+    assert signed({"accuracy_change_points": None}, "parent") == signed({}, "parent") == "-"
+    assert (
+        per_seed([change, change | {"mcnemar_p_vs_parent": 0.01}], "parent") == "+0.11 n.s., +0.11"
+    )
+    assert per_seed([change, {}], "parent") == "-"
+
+
+# ---- hypervolume -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("corners", "volume"),
+    [
+        ([], 0),
+        ([(2, 3, 4)], 24),
+        ([(2, 3, 4), (2, 3, 4)], 24),
+        ([(2, 3, 4), (1, 3, 4)], 24),  # dominated: adds nothing
+        ([(2, 1, 1), (1, 2, 1)], 3),  # overlap in the unit cube
+        ([(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4),
+        ([(4, 1, 2), (1, 4, 1)], 8 + 4 - 1),
+        ([(2, 3, 4), (5, -1, 9), (7, 0, 7)], 24),  # no gain on one axis: no box
+    ],
+)
+def test_union_volume_closed_forms(corners, volume):
+    assert union_volume(corners) == pytest.approx(volume)
+
+
+def test_union_volume_is_that_of_the_unit_cells_and_knows_no_order():
+    generator = random.Random(0)
+    for _ in range(50):
+        corners = [
+            tuple(generator.randint(0, 6) for _ in range(3)) for _ in range(generator.randint(1, 9))
+        ]
+        cells = {
+            (i, j, k) for x, y, z in corners for i in range(x) for j in range(y) for k in range(z)
+        }
+        assert union_volume(corners) == pytest.approx(len(cells))
+        generator.shuffle(corners)
+        assert union_volume(corners) == pytest.approx(len(cells))
+
+
+def test_gains_are_points_and_halvings_over_the_reference():
+    assert REFERENCE_POINT["relative_energy"] == MACS / 1e6 * 32 / 8
+    better = {
+        "accuracy_percent": 90.0,
+        "size_bytes": REFERENCE_POINT["size_bytes"] / 8,
+        "relative_energy": REFERENCE_POINT["relative_energy"] / 4,
+    }
+    assert gains(REFERENCE_POINT) == (0, 0, 0)
+    assert gains(better) == pytest.approx((80, 3, 2))
+    assert gains(better | {"relative_energy": 0.0})[2] > 15  # finite
+
+
+# ---- which rows a table shows ------------------------------------------------------------------
+
+
+def full_row(variant, accuracy, size_bytes, energy, **fields):
+    more = dict.fromkeys(("macs", "macs_nonzero", "sparsity_percent"), 0)
+    more |= {"accuracy_ci95_low_percent": 80.0, "accuracy_ci95_high_percent": 90.0}
+    return row(variant, accuracy, size_bytes, energy, **more, **fields)
+
+
+def test_main_table_is_headline_and_front_the_other_all():
+    rows = [
+        full_row("baseline_fp32", 85.0, 2000, 40.0),
+        full_row("pruned_50_fp32", 84.0, 2000, 40.0),  # dominated, headline
+        full_row("pruned_50_l1_fp32", 84.5, 2000, 40.0),  # dominated
+        full_row("pruned_90_int8", 84.0, 100, 1.0, energy_sram_uj=12.25, energy_dram_uj=6.7),
+        full_row("pruned_95_int8", 83.0, 200, 1.0),  # dominated
+        full_row("baseline_seed1_fp32", 85.5, 2000, 40.0),
+    ]
+    rows = compare(rows, hits_of(rows))
+    main, seeds = tables(rows).split("\n| Variant ")[0], tables(rows).split("\n| Variant ")[1]
+    shown = re.findall(r"^\| (\w+_(?:fp32|int8)) ", main, re.M)
+    assert shown == ["baseline_fp32", "pruned_50_fp32", "pruned_90_int8"]
+    assert "2 more, dominated" in main and "table_all.md" in main
+    assert f"{rows[0]['front_hypervolume']:.1f} (seed 0)" in main and "(seed 1)" in main
+    assert "baseline_fp32" in seeds
+    everything = variant_table(rows)
+    assert all(f"| {r['variant']} " in everything for r in rows)
+    cells = next(line for line in everything.splitlines() if "pruned_90" in line).split("|")
+    assert [cell.strip() for cell in cells[-4:-2]] == ["12.25", "6.70"]
+    bare = next(line for line in everything.splitlines() if "pruned_95" in line).split("|")
+    assert [cell.strip() for cell in bare[-4:-2]] == ["-", "-"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +273,19 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
     assert smoke_rows["pruned_50_fp32"]["macs_nonzero"] <= 5.43e6
     assert smoke_rows["pruned_50_int8"]["parent"] == "pruned_50_fp32"
     assert smoke_rows["pruned_50_int8"]["accuracy_change_points"] is not None
+    for r in smoke_rows.values():
+        for other in ("parent", "baseline"):
+            gained, lost = r[f"images_gained_vs_{other}"], r[f"images_lost_vs_{other}"]
+            if gained is None:
+                assert r["variant"] == "baseline_fp32"
+                continue
+            key = "accuracy_change" + "_vs_baseline" * (other == "baseline") + "_points"
+            assert r[key] == pytest.approx(100 * (gained - lost) / r["test_images"], abs=1e-3)
+            assert r[f"mcnemar_p_vs_{other}"] == mcnemar_p(gained, lost)
+        assert not any(isinstance(value, list) for value in r.values())  # flat
+    assert len({r["front_hypervolume"] for r in smoke_rows.values()}) == 1
+    table = (smoke / "results/smoke/table_all.md").read_text()
+    assert all(f"| {name} " in table for name in smoke_rows)
 
 
 def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):
@@ -151,6 +309,7 @@ def test_readme_block_is_replaced_and_nothing_else():
 def test_readme_table_is_the_committed_runs(reference_rows):
     block = tables(reference_rows)
     assert (REFERENCE / "table.md").read_text() == block
+    assert (REFERENCE / "table_all.md").read_text() == variant_table(reference_rows) + "\n"
     readme = (REPOSITORY / "README.md").read_text()
     assert readme_with(readme, block) == readme
 

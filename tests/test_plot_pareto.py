@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from matplotlib.collections import PolyCollection
 
 import plot_pareto
 
@@ -52,6 +53,21 @@ FOURTEEN = [
     row("pruned_80_int8", 85.6, 0.21, 2.2),
     row("pruned_90_fp32", 84.4, 0.32, 1.15),
     row("pruned_90_int8", 84.3, 0.13, 1.15),
+]
+# Five levels x three criteria x two precisions and the headline: as crowded as it gets.
+SWEEP = [
+    *FOURTEEN[:6],
+    *(
+        row(
+            f"pruned_{percent}{name}_{precision}",
+            round(accuracy - cost + (precision == "fp32") * 0.05, 2),
+            (100 - percent) / 100 * (2.37 if precision == "fp32" else 0.6) * 0.8 + 0.07,
+            10.85 * (100 - percent) / 100 * share,
+        )
+        for percent, accuracy in ((60, 86.5), (70, 86.35), (80, 86.1), (90, 85.2), (95, 83.6))
+        for name, cost, share in (("", 0, 1), ("_l1", -0.15, 1.8), ("_energy", 0.2, 0.8))
+        for precision in ("fp32", "int8")
+    ),
 ]
 
 
@@ -125,17 +141,36 @@ def test_references_never_enter_the_front():
 
 
 # Labels ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rows", [FOUR, FOURTEEN], ids=["four", "fourteen"])
-def test_labels_collide_with_nothing(rows):
-    figure = plot_pareto.draw(rows)
+def named(rows, n):
+    """The variants that panel n has to name: the headline and its own front."""
+    key = plot_pareto.PANELS[n][0]
+    front = plot_pareto.pareto_front(
+        [row[key] for row in rows], [row["accuracy_percent"] for row in rows]
+    )
+    headline = ("baseline", "control", "pruned_50")
+    return [
+        row
+        for i, row in enumerate(rows)
+        if i in front or row["variant"].rsplit("_", 1)[0] in headline
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "limits"),
+    [(FOUR, {}), (FOURTEEN, {"macs_m": 6, "accuracy": 85}), (SWEEP, {})],
+    ids=["four", "fourteen, budget", "sweep"],
+)
+def test_labels_collide_with_nothing(rows, limits):
+    figure = plot_pareto.draw(rows, limits)
     figure.canvas.draw()
     half = plot_pareto.MARKER_POINTS / 2 * figure.dpi / 72
     for n, panel in enumerate(figure.axes):
         texts = [text for text in panel.texts if text.get_text()]
-        assert len(texts) == len(rows)
+        expected = sorted(plot_pareto.short_label(row) for row in named(rows, n))
+        assert sorted(text.get_text() for text in texts) == expected
         labels = [text.get_window_extent().extents for text in texts]
         assert not overlapping(labels)
-        key, unit, _ = plot_pareto.PANELS[n]
+        key, unit = plot_pareto.PANELS[n][:2]
         points = [(row[key] / unit, row["accuracy_percent"]) for row in rows]
         points += [(entry[3][n], entry[2]) for entry in plot_pareto.REFERENCES]
         centres = panel.transData.transform(points)
@@ -231,7 +266,9 @@ def test_unknown_variants_other_seeds_and_absent_options_are_no_error(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert_valid_pictures(tmp_path / "results")
     texts = {text.get_text() for text in plot_pareto.draw(rows).axes[0].texts} - {""}
-    assert texts == {"$weird_^name", "distilled_int4", "baseline"}
+    # The names on the front and the headline's; of a dominated stranger only a small mark remains.
+    assert texts == {"$weird_^name", "baseline"}
+    assert len(plot_pareto.draw(rows).axes[0].lines) == 1 + 3 + len(plot_pareto.REFERENCES)
 
 
 def test_imports_no_torch(tmp_path):
@@ -249,6 +286,108 @@ def test_help_names_what_it_does(tmp_path):
     result = run(tmp_path, "--help")
     assert result.returncode == 0
     assert all(word in result.stdout for word in ("--smoke", "--run", "--metrics", "evaluate.py"))
+
+
+# A budget -------------------------------------------------------------------------------------
+def with_figures(rows):
+    """The rows with what the limits on flash, RAM and energy are about."""
+    return [
+        r
+        | {
+            "raw_sparse_bytes": int(1.1 * r["size_bytes"]),
+            "activations_peak_bytes": 160_000 if "fp32" in r["variant"] else 40_000,
+            "energy_sram_uj": 2 * r["relative_energy"],
+        }
+        for r in rows
+    ]
+
+
+def rings(panel):
+    """Where the variants that meet the whole budget are marked."""
+    lines = [x for x in panel.lines if x.get_markersize() == plot_pareto.RING_POINTS]
+    return sorted((float(x.get_xdata()[0]), float(x.get_ydata()[0])) for x in lines)
+
+
+def test_budget_shades_up_to_the_limit_and_rings_what_meets_all():
+    rows = with_figures(SWEEP)
+    limits = {"flash_kb": 300, "ram_kb": 64, "macs_m": 4, "accuracy": 85}
+    figure = plot_pareto.draw(rows, limits)
+    fitting = [
+        r
+        for r in rows
+        if r["raw_sparse_bytes"] <= 300 * 1024
+        and "int8" in r["variant"]
+        and r["macs_nonzero"] <= 4e6
+        and r["accuracy_percent"] >= 85
+    ]
+    assert 1 < len(fitting) < len(rows)
+    flash, _, energy = figure.axes
+    scales = (("raw_sparse_bytes", 1024), ("macs_nonzero", 1e6), ("relative_energy", 1))
+    for panel, (key, unit) in zip(figure.axes, scales, strict=True):
+        points = [(r[key] / unit, r["accuracy_percent"]) for r in fitting]
+        assert np.allclose(rings(panel), sorted(points))
+    corners = [
+        np.vstack(
+            [
+                path.vertices
+                for part in panel.collections
+                if isinstance(part, PolyCollection)
+                for path in part.get_paths()
+            ]
+        )
+        for panel in figure.axes
+    ]
+    assert [c[:, 0].max() for c in corners] == [300, 4, pytest.approx(energy.get_xlim()[1])]
+    assert all(c[:, 1].min() == 85 for c in corners)
+    assert "flash" in flash.get_xlabel() and "modelled" in flash.get_xlabel()
+    note = figure.texts[-1].get_text()
+    best = max(fitting, key=lambda r: r["accuracy_percent"])["variant"]
+    assert "flash_kb at most 300" in note and "ram_kb, which no panel shows" in note
+    assert f"Best: {best}." in note.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("limits", "shaded"),
+    [({}, []), ({"macs_m": 4}, [1]), ({"ram_kb": 64}, []), ({"accuracy": 85}, [0, 1, 2])],
+)
+def test_panels_without_a_limit_are_not_shaded(limits, shaded):
+    figure = plot_pareto.draw(with_figures(FOUR), limits)
+    filled = [
+        n
+        for n, panel in enumerate(figure.axes)
+        if any(isinstance(part, PolyCollection) for part in panel.collections)
+    ]
+    assert filled == shaded
+
+
+@pytest.mark.parametrize("limits", [{"energy_uj": 1e-3}, {"energy_uj": 1e6}, {"accuracy": 99}])
+def test_extreme_limits_leave_a_readable_picture(limits):
+    figure = plot_pareto.draw(with_figures(FOURTEEN), limits)
+    low, high = figure.axes[2].get_xlim()
+    assert high / low < 1e4
+    box = figure.get_tightbbox()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth()
+    best = "Nothing fits." if limits != {"energy_uj": 1e6} else "Best: control_fp32."
+    assert best in figure.texts[-1].get_text().replace("\n", " ")
+
+
+def test_budget_gets_a_picture_of_its_own_and_user_errors(tmp_path):
+    folder = write_metrics(tmp_path, with_figures(FOUR)).parent
+    result = run(tmp_path, "--budget", "flash_kb=512", "accuracy=85")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(path.name for path in folder.glob("opt*")) == [
+        "optimization_results_budget.png",
+        "optimization_results_budget.svg",
+    ]
+    write_metrics(tmp_path, FOUR)
+    for words, problem in (
+        (["flash_kb=512"], "raw_sparse_bytes"),
+        (["flash_kb=x"], "not a number"),
+    ):
+        before = content_of(folder)
+        result = run(tmp_path, "--budget", *words)
+        assert (result.returncode, result.stdout) == (2, "") and problem in result.stderr
+        assert len(result.stderr.splitlines()) == 1 and content_of(folder) == before
 
 
 # Bad input ------------------------------------------------------------------------------------
