@@ -2,6 +2,7 @@
 
 Reads   checkpoints/*.pt (or the files given), data/ (the CIFAR-10 test set: read here and only here)
 Writes  results/metrics.json  results/table.md (headline and front)  results/table_all.md (all)
+        results/layers.json (where weights, MACs and energy sit in each)
 
     python evaluate.py
     python evaluate.py --budget flash_kb=512 ram_kb=64           # the best variant that fits
@@ -76,6 +77,63 @@ def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
     return 100 * (center - half), 100 * (center + half)
 
 
+def counted(checkpoint: dict):
+    """(the runnable network of a checkpoint, its MacReport as deployed: BN folded into convolutions)."""
+    from edgecnn.checkpoint import fp32_model
+    from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
+    from mac_hooks import count_macs
+    from quantize import int8_model
+
+    if checkpoint["precision"] == "int8":
+        model = int8_model(checkpoint)
+        return model, count_macs(model, IMAGE_SHAPE)
+    model = fp32_model(checkpoint)
+    return model, count_macs(fold_batch_norm(model), IMAGE_SHAPE)
+
+
+def energy_columns(report, bits: int) -> dict:
+    """What mac_hooks.py models of a network: microjoules by memory and purpose, bytes of memory."""
+    sram, dram = report.energy_uj("sram"), report.energy_uj("dram")
+    extrapolated = report.stm32l4r5_extrapolated_uj()
+    return {
+        "energy_arithmetic_uj": round(sram.arithmetic, 4),
+        "energy_weights_sram_uj": round(sram.weights, 4),
+        "energy_weights_dram_uj": round(dram.weights, 4),
+        "energy_activations_uj": round(sram.activations, 4),
+        "energy_sram_uj": round(sram.total, 4),
+        "energy_dram_uj": round(dram.total, 4),
+        "energy_stm32l4r5_extrapolated_uj": extrapolated and round(extrapolated, 1),
+        "weight_stored_bytes": sum(layer.stored_bytes for layer in report.layers),
+        "activations_peak_bytes": report.peak_activations * bits // 8,
+    }
+
+
+def layer_rows(path: Path) -> list[dict]:
+    """A flat row of layers.json for each layer with MACs: where weights, MACs and energy sit."""
+    from edgecnn.checkpoint import load_checkpoint
+
+    rows = []
+    for layer in counted(load_checkpoint(path))[1].layers:
+        sram, dram = layer.energy_uj("sram"), layer.energy_uj("dram")
+        zeros = 1 - layer.nonzero_parameters / layer.parameters
+        rows.append(
+            {
+                "variant": path.stem,
+                "layer": layer.name.removesuffix(".conv"),
+                "parameters": layer.parameters,
+                "zeros_percent": round(100 * zeros, 3),
+                "stored_bytes": layer.stored_bytes,
+                "macs": layer.macs,
+                "macs_nonzero": layer.nonzero_macs,
+                "energy_arithmetic_uj": round(sram.arithmetic, 5),
+                "energy_weights_sram_uj": round(sram.weights, 5),
+                "energy_weights_dram_uj": round(dram.weights, 5),
+                "energy_activations_uj": round(sram.activations, 5),
+            }
+        )
+    return rows
+
+
 def evaluate_checkpoint(
     path: Path, data: Split, test_set: str, device: torch.device
 ) -> tuple[dict, list[bool]]:
@@ -85,22 +143,16 @@ def evaluate_checkpoint(
     """
     import torch
 
-    from edgecnn.checkpoint import COMMIT, fp32_model, load_checkpoint, sha256
-    from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
+    from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
     from edgecnn.packing import storage_bytes
     from edgecnn.train import predict
-    from mac_hooks import count_macs, energy_score
-    from quantize import int8_model
+    from mac_hooks import energy_score
 
     checkpoint = load_checkpoint(path)
     origin, precision = checkpoint["provenance"], checkpoint["precision"]
+    model, report = counted(checkpoint)
     if precision == "int8":
-        counted = model = int8_model(checkpoint)
         device = torch.device("cpu")  # torch's integer kernels are CPU kernels
-    else:
-        model = fp32_model(checkpoint)
-        counted = fold_batch_norm(model)  # as deployed: BN is part of the convolutions
-    report = count_macs(counted, IMAGE_SHAPE)
     images, labels = data
     hits = (predict(model.to(device), images, device) == labels).tolist()
     correct = sum(hits)
@@ -132,6 +184,7 @@ def evaluate_checkpoint(
         "macs_nonzero": report.nonzero_macs,
         "relative_energy": round(energy_score(report.nonzero_macs, bits), 4),
         "relative_energy_dense": round(energy_score(report.macs, bits), 4),
+        **energy_columns(report, bits),
         "parent": origin["parent"],
         "checkpoint": str(path),
         "checkpoint_sha256": sha256(path),
@@ -410,7 +463,7 @@ def readme_with(readme: str, block: str) -> str:
 
 
 def inspection(path: Path) -> str:
-    """What a checkpoint is, how it was made, and its tensors with shape, dtype, zeros and bytes."""
+    """What a checkpoint is, how it was made, its tensors, and where MACs and energy sit."""
     from edgecnn.checkpoint import load_checkpoint, sha256
     from edgecnn.packing import storage_bytes
 
@@ -436,6 +489,8 @@ def inspection(path: Path) -> str:
             *origin,
             "",
             markdown_table(header, [*lines, total]),
+            "",
+            counted(checkpoint)[1].energy_table(),
         ]
     )
 
@@ -580,6 +635,7 @@ def main():
         print(f"\n{variant_table(rows)}")
         return
     print(f"\n{tables(rows)}")
+    write_json(folder / "layers.json", [row for path in paths for row in layer_rows(path)])
     write_json(folder / "metrics.json", rows)
     write_text(folder / "table.md", tables(rows))
     write_text(folder / "table_all.md", variant_table(rows) + "\n")

@@ -3,10 +3,12 @@
     python plot_pareto.py            # after python evaluate.py
     python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
     python plot_pareto.py --budget flash_kb=512 accuracy=85   # shades what a budget allows
+    python plot_pareto.py --layers pruned_50_int8             # where one variant's costs sit
 
-Reads   results/metrics.json, a list of flat rows, one a variant (of several seeds the lowest).
+Reads   results/metrics.json, a list of flat rows, one a variant (of several seeds the lowest),
+        or results/layers.json with --layers.
 Writes  results/optimization_results.png and results/optimization_results.svg
-        (optimization_results_budget.png and .svg with --budget).
+        (optimization_results_budget.* with --budget, layers_<variant>.* with --layers).
 
 A point is on the front of a panel when no other variant is at least as accurate for at most the
 same cost and better in one of the two. Reference points from elsewhere never enter the front.
@@ -29,9 +31,11 @@ from edgecnn.budget import HELP, LIMITS, amount, figure_of, number, parse_budget
 from edgecnn.cli import Parser
 from edgecnn.files import (
     NAME_PATTERN,
+    UserError,
     atomic_path,
     is_headline,
     lowest_seed_rows,
+    read_json,
     read_rows,
     results_dir,
     user_errors_exit_2,
@@ -57,6 +61,29 @@ LIMIT_LABELS = {
     "energy_uj": "energy an inference, weights in SRAM\n(µJ, {origin})",
     "energy_stm32l4r5_uj": "energy an inference, STM32L4R5\n(µJ, {origin})",
 }
+# Panels of --layers: the axis label, what an axis unit is, and the stacked keys with name and colour.
+LAYER_PANELS = [
+    ("stored bytes (kB),\nindex included", 1e3, [("stored_bytes", "stored", "#0072B2")]),
+    ("non-zero MACs\n(millions)", 1e6, [("macs_nonzero", "executed", "#0072B2")]),
+    (
+        "modelled energy (µJ),\nweights in SRAM",
+        1,
+        [
+            ("energy_arithmetic_uj", "arithmetic", "#D55E00"),
+            ("energy_weights_sram_uj", "weights", "#0072B2"),
+            ("energy_activations_uj", "activations", "#009E73"),
+        ],
+    ),
+    (
+        "modelled energy (µJ),\nweights in DRAM",
+        1,
+        [
+            ("energy_arithmetic_uj", "arithmetic", "#D55E00"),
+            ("energy_weights_dram_uj", "weights", "#0072B2"),
+            ("energy_activations_uj", "activations", "#009E73"),
+        ],
+    ),
+]
 CI_KEYS = ("accuracy_ci95_low_percent", "accuracy_ci95_high_percent")  # optional
 # Precision -> marker and colour (Okabe-Ito); the shape alone tells them apart in grey.
 STYLES = {"fp32": ("o", "#0072B2"), "int8": ("s", "#D55E00")}
@@ -78,6 +105,7 @@ Grey marks: "original project" as published by the original table; its pruned MA
 assumed, not counted. ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, \
 accuracy on the 10,000 test images.
 """
+MADE_BY = "python evaluate.py"
 COST_RANGE = (1e-6, 1e15)  # a cost of zero or less has no place on a logarithmic axis
 BUDGET_NOTE = """
 Budget: {budget}. Green: what a panel's own limit and the accuracy floor allow. Ringed: the variants \
@@ -468,6 +496,55 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------
+# Layers of one variant
+def draw_layers(variant: str, rows: list[dict]) -> Figure:
+    """Where weights, MACs and modelled energy of a variant sit, a bar a layer; zeros in percent."""
+    figure = Figure(figsize=(12, 4.2), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(LAYER_PANELS), sharey=True)
+    names = [f"{row['layer']}\n{row['zeros_percent']:.0f} % zeros" for row in rows]
+    for panel, (label, unit, parts) in zip(panels, LAYER_PANELS, strict=True):
+        left = np.zeros(len(rows))
+        for key, name, color in parts:
+            widths = np.array([row[key] / unit for row in rows])
+            panel.barh(names, widths, left=left, color=color, label=name)
+            left += widths
+        for y, total in enumerate(left):
+            panel.annotate(
+                f"{total:.3g}", (total, y), (3, 0), textcoords="offset points", va="center"
+            )
+        panel.set_xlim(0, 1.18 * max(left))
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+        if len(parts) > 1:
+            panel.legend(frameon=False, fontsize=9)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{variant}: where weights, multiplications and modelled energy sit")
+    return figure
+
+
+def layers_of(path: Path, variant: str) -> list[dict]:
+    """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
+    rows = read_json(path, MADE_BY)
+    chosen = [row for row in rows if row["variant"] == variant]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(row["variant"] for row in rows))
+        raise UserError(f"--layers {variant}: {path} has no such variant; it has {known}")
+    return chosen
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write <name>.png and <name>.svg, both or neither, and print their paths."""
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
+    with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
+        figure.savefig(png_temporary)
+        figure.savefig(svg_temporary, metadata={"Date": None})
+    print(png)
+    print(svg)
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 @user_errors_exit_2
 def main() -> None:
@@ -485,26 +562,28 @@ def main() -> None:
         metavar="FILE",
         help="rows to draw, the pictures beside it (default: the run's metrics.json)",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--budget",
         nargs="+",
         action="extend",
         metavar="KEY=VALUE",
         help=f"shade what limits allow, in a picture of its own: {HELP}",
     )
+    what.add_argument(
+        "--layers", metavar="VARIANT", help="draw where this variant's weights, MACs and energy sit"
+    )
     args = parser.parse_args()
     limits = parse_budget(args.budget or [])
     metrics = args.metrics or results_dir(args.run) / "metrics.json"
-    needed = {key: COST_RANGE for key, *_ in PANELS}
-    figure = draw(read_rows(metrics, needed, dict.fromkeys(CI_KEYS, (0, 100))), limits)
     name = "optimization_results_budget" if limits else "optimization_results"
-    png, svg = metrics.parent / f"{name}.png", metrics.parent / f"{name}.svg"
-    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
-    with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
-        figure.savefig(png_temporary)
-        figure.savefig(svg_temporary, metadata={"Date": None})
-    print(png)
-    print(svg)
+    if args.layers:
+        name = f"layers_{args.layers}"
+        figure = draw_layers(args.layers, layers_of(metrics.with_name("layers.json"), args.layers))
+    else:
+        needed = {key: COST_RANGE for key, *_ in PANELS}
+        figure = draw(read_rows(metrics, needed, dict.fromkeys(CI_KEYS, (0, 100))), limits)
+    save(figure, metrics.parent, name)
 
 
 if __name__ == "__main__":
