@@ -6,7 +6,7 @@ Writes  results/metrics.json  results/table.md (headline and front)  results/tab
 
     python evaluate.py
     python evaluate.py --budget flash_kb=512 ram_kb=64           # the best variant that fits
-    python evaluate.py --budget board=stm32f405 accuracy=85      # (reads metrics.json, seconds)
+    python evaluate.py --budget board=stm32f405 accuracy=85      # reads metrics.json, at once
     python evaluate.py --inspect checkpoints/pruned_50_int8.pt   # what a saved file holds
     python evaluate.py --run reference --update-readme           # rewrites the README's table
     python evaluate.py --smoke                                   # seconds, on the small sample
@@ -24,6 +24,7 @@ from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.files import (
     DEFAULT_CRITERION,
+    MADE_BY,
     REPOSITORY,
     UserError,
     checkpoints_dir,
@@ -563,9 +564,7 @@ def require_complete(paths: list[Path], metrics: Path) -> None:
     if not metrics.exists():
         return
     names = {path.stem for path in paths}
-    lost = [
-        r["variant"] for r in read_json(metrics, "python evaluate.py") if r["variant"] not in names
-    ]
+    lost = [r["variant"] for r in read_json(metrics, MADE_BY) if r["variant"] not in names]
     if lost:
         raise UserError(
             f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "

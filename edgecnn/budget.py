@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-from edgecnn.files import UserError, in_range, lowest_seed_rows
+from edgecnn.files import MADE_BY, UserError, in_range, lowest_seed_rows
 
 KB = 1024  # bytes: what the datasheets of microcontrollers mean by a KB or Kbyte
-MADE_BY = "python evaluate.py"
 SHOWN = 3  # names in a line of the answer; the others are counted
 
 

@@ -17,6 +17,7 @@ NAME_PATTERN = re.compile(
 )
 
 
+MADE_BY = "python evaluate.py"  # metrics.json
 HEADLINE = ("baseline", "control", "pruned_50")  # the methods that every table and picture names
 
 
@@ -151,26 +152,25 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
     needed, optional: key -> (low, high), between which its values must lie; an optional one may be
     absent or null. Names, seeds and accuracies are always checked.
     """
-    made_by = "python evaluate.py"
-    rows = read_json(path, made_by)
+    rows = read_json(path, MADE_BY)
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is not a list of variants, or an empty one; run: {made_by}")
+        raise UserError(f"{path} is not a list of variants, or an empty one; run: {MADE_BY}")
     needed = {"accuracy_percent": (0, 100), **needed}
     for count, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}: row {count} is not an object; run: {made_by}")
+            raise UserError(f"{path}: row {count} is not an object; run: {MADE_BY}")
         name = row.get("variant")
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f'{path}: row {count} has no name under "variant"; run: {made_by}')
+            raise UserError(f'{path}: row {count} has no name under "variant"; run: {MADE_BY}')
         if not isinstance(row.get("seed", 0), int):
-            raise UserError(f'{path}: row {count} ({name}): "seed" is no integer; run: {made_by}')
+            raise UserError(f'{path}: row {count} ({name}): "seed" is no integer; run: {MADE_BY}')
         given = {key: ends for key, ends in (optional or {}).items() if row.get(key) is not None}
         for key, (low, high) in (needed | given).items():
             if not in_range(row.get(key), low, high):
                 problem = f"is {row[key]!r:.40}, not a number" if key in row else "is missing"
                 raise UserError(
                     f'{path}: row {count} ({name}): "{key}" {problem} '
-                    f"(from {low:g} to {high:g}); run: {made_by}"
+                    f"(from {low:g} to {high:g}); run: {MADE_BY}"
                 )
     return rows
 
