@@ -281,6 +281,19 @@ def gains(row: dict) -> tuple[float, float, float]:
     )
 
 
+def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
+    """Whether a pruned variant was fine-tuned once from the weights that its control started from.
+
+    The same fine-tuning without pruning is what it has to be held against; later levels of a sweep
+    took more.
+    """
+    starts = []
+    for variant in (row, control):
+        fp32 = variant if variant["precision"] == "fp32" else by_name.get(variant["parent"])
+        starts.append(fp32 and fp32["parent_sha256"])
+    return row["method"].startswith("pruned") and None not in starts and starts[0] == starts[1]
+
+
 def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
     """Rows with what needs the others: changes, dominance, the front's volume, statistics over seeds.
 
@@ -295,9 +308,8 @@ def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
         parent = by_name.get(row["parent"])
         if parent is not None and parent["checkpoint_sha256"] != row["parent_sha256"]:
             parent = None  # the parent was trained again since: a difference would mean nothing
-        # The same fine-tuning without pruning is what a pruned variant has to be held against.
         control = by_name.get(variant_name("control", row["precision"], seed=row["seed"]))
-        control = control if row["method"].startswith("pruned") else None
+        control = control if control and equal_effort(row, control, by_name) else None
         baseline = by_name.get(variant_name("baseline", "fp32", seed=row["seed"]))
         baseline = baseline if baseline is not row else None
         rivals = [other for other in rows if other["seed"] == row["seed"]]

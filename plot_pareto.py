@@ -30,6 +30,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodF
 from edgecnn.budget import HELP, LIMITS, amount, figure_of, number, parse_budget, ranked
 from edgecnn.cli import Parser
 from edgecnn.files import (
+    MADE_BY,
     NAME_PATTERN,
     UserError,
     atomic_path,
@@ -105,7 +106,6 @@ Grey marks: "original project" as published by the original table; its pruned MA
 assumed, not counted. ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, \
 accuracy on the 10,000 test images.
 """
-MADE_BY = "python evaluate.py"
 COST_RANGE = (1e-6, 1e15)  # a cost of zero or less has no place on a logarithmic axis
 BUDGET_NOTE = """
 Budget: {budget}. Green: what a panel's own limit and the accuracy floor allow. Ringed: the variants \

@@ -90,14 +90,17 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
             "baseline_int8", 84.9, 600, 10.0, parent="baseline_fp32", parent_sha256="baseline_fp32"
         ),
         row("pruned_50_fp32", 85.5, 1000, 20.0, parent="baseline_fp32", parent_sha256="older"),
-        row("control_fp32", 85.75, 2000, 40.0),
+        row("control_fp32", 85.75, 2000, 40.0, parent="baseline_fp32", parent_sha256="older"),
         row("control_seed1_fp32", 80.0, 2000, 40.0),
+        row("pruned_90_fp32", 84.0, 1000, 5.0, parent="pruned_50_fp32", parent_sha256="other"),
     ]
     named = {r["variant"]: r for r in compare(rows, hits_of(rows))}
     assert named["baseline_int8"]["accuracy_change_points"] == pytest.approx(-0.1)
     assert named["pruned_50_fp32"]["accuracy_change_points"] is None  # its parent was retrained
     assert named["pruned_50_fp32"]["accuracy_change_vs_control_points"] == -0.25
     assert named["baseline_fp32"]["accuracy_change_vs_control_points"] is None
+    # A later level of a sweep took more effort than the control.
+    assert named["pruned_90_fp32"]["accuracy_change_vs_control_points"] is None
     assert named["baseline_fp32"]["dominated_by"] == "control_fp32"
     assert named["baseline_seed1_fp32"]["dominated_by"] is None
     assert named["baseline_fp32"]["accuracy_mean_percent"] == 85.5
