@@ -566,7 +566,7 @@ def load_images(args) -> tuple[Split, str]:
 
     if args.smoke:
         return load_sample()[1], "held-out part of the smoke sample (training images)"
-    if args.holdout:
+    if getattr(args, "holdout", False):
         return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
     return load_split("test", args.data_dir), TEST_SET
 

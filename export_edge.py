@@ -1,0 +1,167 @@
+"""Step 6: INT8 variants as artifacts that devices run, each checked against PyTorch before it is kept.
+
+Reads   checkpoints/*_int8.pt (or the one given), data/ (test images: only to compare frozen files)
+Writes  results/edge/<variant>.tflite  results/edge/<variant>.json
+
+    python export_edge.py
+    python export_edge.py --run reference --images 10000    # the committed figures
+    python export_edge.py --smoke           # seconds; reads checkpoints/smoke/
+
+A .tflite file runs under tflite-micro on the same images as the checkpoint under torch. Below
+1,000 images, where a percentage says little, up to 5 may differ (and at most one in 25).
+"""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from edgecnn.checkpoint import load_checkpoint, provenance, sha256
+from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
+from edgecnn.data import Split
+from edgecnn.files import (
+    UserError,
+    atomic_path,
+    require_writable,
+    results_dir,
+    user_errors_exit_2,
+    write_json,
+)
+from edgecnn.int8 import integer_logits, quantize_images
+from edgecnn.tflite import operators, run_tflite, tflite_micro, write_tflite
+from evaluate import find_checkpoints, load_images
+from quantize import int8_model
+
+IMAGES = 1000  # about 11 ms an image; all 10,000 for the committed figures
+MIN_AGREEMENT_PERCENT = 99.5
+MAX_ACCURACY_DIFFERENCE_POINTS = 0.15
+LINEAGE = ("method", "criterion", "seed", "parent")
+FEW_IMAGES, FEW_IMAGES_MAY_DIFFER, ONE_IN = 1000, 5, 25
+
+
+# ---- parity ------------------------------------------------------------------------------------
+
+
+def compare_logits(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict:
+    """How the logits (N, 10) of an artifact agree with PyTorch's, both int8 at the same scale."""
+    classes = theirs.argmax(1), ours.argmax(1)  # the first of equals, as torch's argmax
+    return {
+        "parity_images": len(labels),
+        "agreement_percent": round(100 * float(np.mean(classes[0] == classes[1])), 4),
+        "accuracy_percent": round(100 * float(np.mean(classes[0] == labels)), 4),
+        "torch_accuracy_percent": round(100 * float(np.mean(classes[1] == labels)), 4),
+        "max_difference_lsb": int(np.abs(theirs.astype(int) - ours.astype(int)).max()),
+        "equal_logits_percent": round(100 * float(np.mean(theirs == ours)), 4),
+    }
+
+
+def require_parity(name: str, logits: np.ndarray, parity: dict) -> None:
+    """Raise UserError when an artifact's outputs are constant or do not agree with PyTorch's."""
+    count = parity["parity_images"]
+    if count > 1 and (logits == logits[0]).all():
+        raise UserError(f"{name} answers every image alike; its weights did not arrive")
+    differing = (1 - parity["agreement_percent"] / 100) * count
+    points = abs(parity["accuracy_percent"] - parity["torch_accuracy_percent"])
+    if count < FEW_IMAGES:
+        may_differ = min(FEW_IMAGES_MAY_DIFFER, count // ONE_IN)
+        agrees = differing < may_differ + 0.5
+    else:
+        agrees = parity["agreement_percent"] >= MIN_AGREEMENT_PERCENT
+        agrees = agrees and points <= MAX_ACCURACY_DIFFERENCE_POINTS
+    if not agrees:
+        raise UserError(
+            f"{name} does not agree with PyTorch: the same class on {parity['agreement_percent']} % of "
+            f"{count:,} images, accuracy {points:.2f} points apart; nothing was written for it"
+        )
+
+
+# ---- one variant -------------------------------------------------------------------------------
+
+
+def tflite_artifact(path: Path, checkpoint: dict, data: Split, test_set: str) -> tuple[bytes, dict]:
+    """(the .tflite file, its figures) of an int8 checkpoint. Raises UserError where it disagrees."""
+    images, labels = data
+    model = int8_model(checkpoint)
+    content = write_tflite(checkpoint, path.stem)
+    logits, arena_bytes = run_tflite(content, quantize_images(checkpoint, images))
+    parity = compare_logits(logits, integer_logits(model, images), labels.numpy())
+    require_parity(f"{path.stem}.tflite", logits, parity)
+    return content, {
+        "tflite_sha256": hashlib.sha256(content).hexdigest(),
+        "tflite_bytes": len(content),
+        "tflite_operators": operators(content),
+        "tflite_micro_version": version("tflite-micro"),
+        "tflite_micro_arena_bytes": arena_bytes,
+        "engine": checkpoint["quantization"]["engine"],
+        "test_set": test_set,
+        **parity,
+    }
+
+
+def publish(folder: Path, name: str, files: dict[str, bytes], result: dict) -> None:
+    """Write a variant's files, then its JSON; the old JSON never stands beside a new file."""
+    json_path = folder / f"{name}.json"
+    json_path.unlink(missing_ok=True)
+    for file, content in files.items():
+        with atomic_path(folder / file) as temporary:
+            temporary.write_bytes(content)
+    write_json(json_path, result)
+    print(
+        f"wrote {json_path} and {', '.join(files)}: {result['agreement_percent']:.2f} % agreement on "
+        f"{result['parity_images']:,} images, at most {result['max_difference_lsb']} LSB apart, "
+        f"accuracy {result['accuracy_percent']:.2f} % (torch {result['torch_accuracy_percent']:.2f})"
+    )
+
+
+# ---- the step ----------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="INT8 checkpoint to export (default: every INT8 checkpoint of the run)",
+    )
+    parser.add_argument(
+        "--images",
+        type=positive_int,
+        default=IMAGES,
+        help="images on which the artifacts are compared with torch (default: %(default)s)",
+    )
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def int8_checkpoints(args, run: str) -> dict[Path, dict]:
+    """The checkpoints to export, all of them checked before the first takes its time."""
+    if args.checkpoint:
+        return {args.checkpoint: load_checkpoint(args.checkpoint, "int8")}
+    checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
+    found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
+    if not found:
+        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
+    return found
+
+
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    run = run_name(args)
+    folder = results_dir(run) / "edge"
+    tflite_micro()  # raises when it is not installed
+    checkpoints = int8_checkpoints(args, run)
+    require_writable(folder)
+    (images, labels), test_set = load_images(args)
+    data = images[: args.images], labels[: args.images]
+    for path, checkpoint in checkpoints.items():
+        content, figures = tflite_artifact(path, checkpoint, data, test_set)
+        files = {f"{path.stem}.tflite": content}  # the generated C will stand beside it here
+        lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
+        origin = provenance(path.stem, args, **lineage, checkpoint_sha256=sha256(path))
+        publish(folder, path.stem, files, {**origin, **figures})
+
+
+if __name__ == "__main__":
+    main()
