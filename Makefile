@@ -28,10 +28,11 @@ all: results/optimization_results.png
 
 # ---- environment -------------------------------------------------------------------------------
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt firmware/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(CPU),$(PIP) $$(sed -n 's/^\(torch[a-z]*==[0-9.]*\).*/\1+cpu/p' requirements.txt))
 	$(PIP) -r requirements.txt
+	$(PIP) -r firmware/requirements.txt || echo "no device tools here: steps 6 and 7 will not run"
 	@touch $@
 
 $(TESTS_INSTALLED): tests/requirements.txt $(INSTALLED)
@@ -168,6 +169,7 @@ smoke: $(INSTALLED)
 	$(PY) quantize.py --smoke --checkpoint checkpoints/smoke/pruned_50_fp32.pt
 	$(PY) evaluate.py --smoke
 	$(PY) plot_pareto.py --smoke
+	$(PY) export_edge.py --smoke
 
 test: $(TESTS_INSTALLED)
 	$(PY) -m pytest -q tests

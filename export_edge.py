@@ -45,12 +45,17 @@ FEW_IMAGES, FEW_IMAGES_MAY_DIFFER, ONE_IN = 1000, 5, 25
 
 def compare_logits(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict:
     """How the logits (N, 10) of an artifact agree with PyTorch's, both int8 at the same scale."""
-    classes = theirs.argmax(1), ours.argmax(1)  # the first of equals, as torch's argmax
+    predicted, expected = theirs.argmax(1), ours.argmax(1)  # the first of equals, as torch's argmax
+    count, differing = len(labels), int((predicted != expected).sum())
+    correct, torch_correct = (int((classes == labels).sum()) for classes in (predicted, expected))
     return {
-        "parity_images": len(labels),
-        "agreement_percent": round(100 * float(np.mean(classes[0] == classes[1])), 4),
-        "accuracy_percent": round(100 * float(np.mean(classes[0] == labels)), 4),
-        "torch_accuracy_percent": round(100 * float(np.mean(classes[1] == labels)), 4),
+        "parity_images": count,
+        "differing_images": differing,
+        "agreement_percent": round(100 * (1 - differing / count), 4),
+        "correct_images": correct,
+        "accuracy_percent": round(100 * correct / count, 4),
+        "torch_correct_images": torch_correct,
+        "torch_accuracy_percent": round(100 * torch_correct / count, 4),
         "max_difference_lsb": int(np.abs(theirs.astype(int) - ours.astype(int)).max()),
         "equal_logits_percent": round(100 * float(np.mean(theirs == ours)), 4),
     }
@@ -58,21 +63,19 @@ def compare_logits(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> 
 
 def require_parity(name: str, logits: np.ndarray, parity: dict) -> None:
     """Raise UserError when an artifact's outputs are constant or do not agree with PyTorch's."""
-    count = parity["parity_images"]
+    count, differing = parity["parity_images"], parity["differing_images"]
     if count > 1 and (logits == logits[0]).all():
-        raise UserError(f"{name} answers every image alike; its weights did not arrive")
-    differing = (1 - parity["agreement_percent"] / 100) * count
-    points = abs(parity["accuracy_percent"] - parity["torch_accuracy_percent"])
+        raise UserError(f"{name} answers every image alike: its weights are empty or were not read")
+    shift = abs(parity["correct_images"] - parity["torch_correct_images"])
     if count < FEW_IMAGES:
-        may_differ = min(FEW_IMAGES_MAY_DIFFER, count // ONE_IN)
-        agrees = differing < may_differ + 0.5
+        agrees = differing <= min(FEW_IMAGES_MAY_DIFFER, count // ONE_IN)
     else:
-        agrees = parity["agreement_percent"] >= MIN_AGREEMENT_PERCENT
-        agrees = agrees and points <= MAX_ACCURACY_DIFFERENCE_POINTS
+        agrees = 100 * (count - differing) >= MIN_AGREEMENT_PERCENT * count
+        agrees = agrees and 100 * shift <= MAX_ACCURACY_DIFFERENCE_POINTS * count
     if not agrees:
         raise UserError(
-            f"{name} does not agree with PyTorch: the same class on {parity['agreement_percent']} % of "
-            f"{count:,} images, accuracy {points:.2f} points apart; nothing was written for it"
+            f"{name} does not agree with PyTorch: another class on {differing:,} of {count:,} images, "
+            f"{shift:,} more or fewer correct; nothing was written for it"
         )
 
 

@@ -38,7 +38,7 @@ from edgecnn.files import (
     results_dir,
     user_errors_exit_2,
 )
-from edgecnn.model import ARCHITECTURE, EdgeCNN, fold_batch_norm
+from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, EdgeCNN, fold_batch_norm
 from edgecnn.train import predict
 
 ENGINE = "qnnpack"  # ARM's engine: what a phone or a Raspberry Pi runs; slow on x86
@@ -150,7 +150,13 @@ def int8_model(checkpoint: dict) -> nn.Sequential:
     """
     set_engine(checkpoint["quantization"].get("engine"))
     try:
-        return int8_graph(checkpoint["tensors"], checkpoint["quantization"]).eval()
+        model = int8_graph(checkpoint["tensors"], checkpoint["quantization"]).eval()
+        # Layers that do not fit each other show only in a forward.
+        if model(torch.zeros(1, *IMAGE_SHAPE)).shape != (1, len(CLASSES)):
+            raise ValueError(f"it does not answer with {len(CLASSES)} logits")
+        if list(checkpoint["quantization"]["layers"]) != list(LAYERS):
+            raise ValueError(f"its layers are not {', '.join(LAYERS)}, in this order")
+        return model
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,3 +41,27 @@ def smoke(tmp_path_factory) -> Path:
         run_main("evaluate", "--smoke")
         run_main("plot_pareto", "--smoke")
     return folder
+
+
+@pytest.fixture
+def copy(smoke, workdir):
+    """A copy of the smoke chain's files that a test may spoil."""
+    shutil.copytree(smoke / "checkpoints", workdir / "checkpoints")
+    shutil.copytree(smoke / "results", workdir / "results")
+    return workdir
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(capsys, folder, script, *arguments) -> str:
+    """Run a script that must refuse: its one line of stderr; no file may have changed."""
+    before = snapshot(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+    assert snapshot(folder) == before
+    return error

@@ -9,37 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY, fails, run_main, snapshot
 
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.files import UserError, atomic_path
 from edgecnn.train import Recipe
 
 FOLDER = "checkpoints/smoke"
-
-
-@pytest.fixture
-def copy(smoke, workdir):
-    """A copy of the smoke chain's files that a test may spoil."""
-    shutil.copytree(smoke / "checkpoints", workdir / "checkpoints")
-    shutil.copytree(smoke / "results", workdir / "results")
-    return workdir
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def fails(capsys, folder, script, *arguments) -> str:
-    """Run a script that must refuse: its one line of stderr; no file may have changed."""
-    before = snapshot(folder)
-    with pytest.raises(SystemExit) as stop:
-        run_main(script, *arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    assert snapshot(folder) == before
-    return error
 
 
 class Exploit:
@@ -171,6 +147,7 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
         ("quantize", ("--calibration-images", "0"), "at least 1"),
         ("evaluate", ("--device", "tpu"), "cpu"),
         ("evaluate", ("--no-such-flag",), "--help"),
+        ("export_edge", ("--images", "0"), "at least 1"),
     ],
 )
 def test_arguments_out_of_range(workdir, capsys, script, arguments, message):
@@ -216,7 +193,8 @@ def test_damaged_resume_file(copy, capsys):
 
 
 @pytest.mark.parametrize(
-    "script", ["train_baseline", "quantize", "prune_finetune", "evaluate", "plot_pareto"]
+    "script",
+    ["train_baseline", "quantize", "prune_finetune", "evaluate", "plot_pareto", "export_edge"],
 )
 def test_unwritable_output_folder_is_found_before_the_work(copy, capsys, script):
     # A file where the folder should be refuses every user, root included.

@@ -19,7 +19,7 @@ def clone(tmp_path):
     """The sources with an installed environment, every file equally old, as git leaves them."""
     for name in ("Makefile", "requirements.txt", "mac_hooks.py", *STEPS):
         shutil.copy(REPOSITORY / name, tmp_path)
-    for folder in ("edgecnn", "results/reference", "checkpoints/reference"):
+    for folder in ("edgecnn", "firmware", "results/reference", "checkpoints/reference"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/.installed").touch()
