@@ -1,0 +1,398 @@
+"""A generated network on an emulated Cortex-M: instructions, flash and RAM measured, cycles modelled.
+
+QEMU executes the program block by block and says which block ran; its own disassembly says what is in
+one. So every instruction of an inference is counted exactly, by layer and by mnemonic, and SysTick
+under `-icount shift=0` has to give the same total. QEMU models no pipeline and no flash: cycles come
+from Arm's table of instruction timings, and are named modelled.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from edgecnn.c_source import FIRMWARE, WARNINGS, kernel_files, kernel_flags, run_compiler
+from edgecnn.files import UserError
+
+COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
+INSTALL = "sudo apt-get install gcc-arm-none-eabi qemu-system-arm"
+OPTIMIZE = "-O3 -fno-schedule-insns -ffreestanding -ffunction-sections -fdata-sections".split()
+LINK = "-nostdlib -Wl,--gc-sections -Wl,--no-warn-rwx-segments".split()
+QEMU_TIMEOUT_S = 60
+INSTRUCTIONS_A_TICK = 40  # SysTick at the boards' 25 MHz; an instruction is 1 ns of virtual time
+
+
+CONDITIONS = "eq|ne|hs|lo|cs|cc|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|al"
+BRANCHES = ("cbz", "cbnz", "tbb", "tbh")
+
+# STM32L4R5 at 120 MHz: flash wait states (RM0432, table of wait states for range 1 boost mode) and the
+# bytes that one flash access fetches in its dual-bank mode.
+FLASH_WAIT_CYCLES, FLASH_LINE_BYTES = 5, 8
+# Energy a clock cycle implied by the published MLPerf Tiny runs of the int8 ResNet-8 on this chip:
+# X-CUBE-AI 10.2, v1.3 (5,496 uJ at 6.04 inferences/s) and X-CUBE-AI 9.0 .. TFLM, up to 433.
+PICOJOULES_A_CYCLE, PICOJOULES_A_CYCLE_HIGH = 277, 433
+
+
+class Assumption(NamedTuple):
+    """What Arm's table leaves open, and what the flash does."""
+
+    refill: int  # cycles of a taken branch beyond its own: the table says 1 to 3
+    divide: int  # cycles of a division: 2 to 12
+    pipelined: bool  # a load or store right after another one takes 1 cycle, not 2
+    branch_wait: int  # flash wait cycles of a taken branch
+    weight_wait: int  # flash wait cycles of each line of weights read
+
+
+# low: no access ever waits. modelled: instructions come from the ART cache (its 1 KB holds every inner
+# loop), weights wait once a line. high: in addition every taken branch misses the cache.
+ASSUMPTIONS = {
+    "_low": Assumption(1, 2, True, 0, 0),
+    "": Assumption(2, 7, True, 0, FLASH_WAIT_CYCLES),
+    "_high": Assumption(3, 12, False, FLASH_WAIT_CYCLES, FLASH_WAIT_CYCLES),
+}
+
+
+class Board(NamedTuple):
+    """A machine of QEMU's, with the compiler flags of its processor."""
+
+    machine: str
+    linker_script: str
+    flags: tuple[str, ...]
+
+
+M4_FLAGS = ("-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16")
+M7_FLAGS = ("-mcpu=cortex-m7", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv5-sp-d16")
+M4 = Board("mps2-an386", "mps2_an386.ld", M4_FLAGS)
+M7 = Board("mps2-an500", "mps2_an500.ld", M7_FLAGS)
+STM32F405 = Board("netduinoplus2", "stm32f405.ld", M4_FLAGS)
+
+
+class NotInstalled(Exception):
+    """The cross-compiler or the emulator is missing: report "not measured", with this reason."""
+
+
+class DoesNotFit(Exception):
+    """The program is larger than the board's memories."""
+
+
+def require_tools() -> None:
+    """Raise NotInstalled, naming the command that installs them, when a tool is missing."""
+    missing = [tool for tool in (COMPILER, SIZES, EMULATOR) if shutil.which(tool) is None]
+    if missing:
+        raise NotInstalled(f"{', '.join(missing)} not installed; {INSTALL}")
+
+
+# ---- building and running ----------------------------------------------------------------------
+
+
+def build(source: str, precision: str, board: Board, folder: Path) -> Path:
+    """Cross-compile a generated weights file; returns the ELF file.
+
+    Raises DoesNotFit when the board's memories are too small, UserError when the compiler fails.
+    """
+    weights, program = folder / "weights.c", folder / f"{board.machine}.elf"
+    weights.write_text(source)
+    command = [COMPILER, *WARNINGS, *board.flags, *OPTIMIZE, *kernel_flags(precision)]
+    command += [*LINK, f"-I{FIRMWARE}", f"-L{FIRMWARE}", "-T", str(FIRMWARE / board.linker_script)]
+    command += [str(weights), *map(str, kernel_files(precision)), str(FIRMWARE / "startup.c")]
+    try:
+        run_compiler([*command, "-lgcc", "-o", str(program)], INSTALL)
+    except UserError as error:
+        if "will not fit in region" in str(error):
+            raise DoesNotFit(f"the program does not fit {board.machine}") from None
+        raise
+    return program
+
+
+def section_bytes(program: Path) -> dict[str, int]:
+    """{section name: bytes} of an ELF file."""
+    command = [SIZES, "-A", str(program)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(size) for name, size in re.findall(r"^(\.\w+)\s+(\d+)", text, re.M)}
+
+
+def write_images(images: torch.Tensor, folder: Path) -> None:
+    """images (N, 3, 32, 32), int8 or float32, as the file that the start-up code reads."""
+    (folder / "images.bin").write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+
+def emulator(board: Board, program: Path) -> list[str]:
+    """QEMU's command line: no devices but the processor, files by semihosting."""
+    command = [EMULATOR, "-M", board.machine, "-kernel", str(program), "-display", "none"]
+    command += ["-monitor", "none", "-serial", "none"]
+    return [*command, "-semihosting-config", "enable=on,target=native"]
+
+
+def hung(board: Board) -> UserError:
+    return UserError(
+        f"{EMULATOR} {board.machine} did not finish within {QEMU_TIMEOUT_S} s; "
+        "try again on a quieter machine"
+    )
+
+
+def run(board: Board, program: Path, images: torch.Tensor) -> dict:
+    """{ticks, stack_bytes, logits (N, 10)} of images on the emulated board.
+
+    ticks: SysTick's count of the first inference. Raises UserError when the program fails or hangs.
+    """
+    folder = program.parent
+    write_images(images, folder)
+    command = [*emulator(board, program), "-icount", "shift=0"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=QEMU_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise hung(board) from None
+    report = re.search(r"^(\d+) (\d+)$", done.stdout + done.stderr, re.M)
+    if done.returncode or report is None:
+        reason = " ".join((done.stderr or done.stdout).split())[:200]
+        raise UserError(f"{EMULATOR} {board.machine} ended with {done.returncode}: {reason}")
+    logits = torch.frombuffer(
+        bytearray((folder / "logits.bin").read_bytes()), dtype=images.dtype
+    ).reshape(len(images), -1)
+    return {"ticks": int(report[1]), "stack_bytes": int(report[2]), "logits": logits}
+
+
+# ---- counting every instruction ----------------------------------------------------------------
+
+Block = list[tuple[int, str, str]]  # (address, mnemonic, operands)
+
+
+def read_trace(lines) -> tuple[dict[int, Block], list[Counter]]:
+    """Blocks by address, and for each layer a Counter of (block, block that ran after it).
+
+    `lines`: QEMU's log of `-d in_asm,exec,nochain`. A layer ends where the function `infer` goes on
+    to the next kernel, the last one with the return to `run`; only the first inference is read.
+    """
+    blocks, layers, block = {}, [], []
+    previous, was_infer, kernels = None, False, 0
+    for line in lines:
+        if line.startswith("0x"):
+            address, words = int(line[:10], 16), line[23:].split(None, 1)
+            block.append((address, words[0], words[1].strip() if len(words) > 1 else ""))
+        elif line.startswith("Trace"):
+            _, pc, rest = line.split("/", 2)
+            pc, symbol = int(pc, 16), rest.rpartition(" ")[2].strip()
+            if block:
+                blocks[block[0][0]], block = block, []
+            is_infer = symbol == "infer"
+            if previous is None:
+                if is_infer:
+                    layers.append(Counter())
+                    previous, was_infer = pc, True
+                continue
+            layers[-1][previous, pc] += 1
+            if symbol == "run":
+                break
+            if was_infer and not is_infer:
+                kernels += 1
+                if kernels > 1:
+                    layers.append(Counter())
+            previous, was_infer = pc, is_infer
+    return blocks, layers
+
+
+def trace(board: Board, program: Path, images: torch.Tensor) -> tuple[dict[int, Block], list]:
+    """read_trace of the first image's inference. Raises UserError when QEMU hangs."""
+    folder = program.parent
+    write_images(images[:1], folder)
+    log = folder / "trace.log"
+    command = [*emulator(board, program), "-d", "in_asm,exec,nochain", "-D", str(log)]
+    try:
+        subprocess.run(
+            command,
+            cwd=folder,
+            timeout=QEMU_TIMEOUT_S,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise hung(board) from None
+    with open(log) as lines:
+        return read_trace(lines)
+
+
+def is_branch(mnemonic: str, operands: str) -> bool:
+    """Whether an instruction can set the program counter."""
+    name = mnemonic.removesuffix(".w")
+    if name in BRANCHES or re.fullmatch(f"(b|bl|bx|blx)({CONDITIONS})?", name):
+        return True
+    return name.startswith(("pop", "ldm", "ldr")) and re.search(r"\bpc\b[^\]]*$", operands) is not None
+
+
+# ---- classes and cycles ------------------------------------------------------------------------
+
+
+def kind(mnemonic: str, operands: str) -> str:
+    """The class of an instruction: branch, load, store, multiply, divide, float or other."""
+    if is_branch(mnemonic, operands):
+        return "branch"
+    if mnemonic.startswith(("ldr", "ldm", "pop", "vldr", "vldm", "vpop")):
+        return "load"
+    if mnemonic.startswith(("str", "stm", "push", "vstr", "vstm", "vpush")):
+        return "store"
+    if mnemonic.startswith("v"):
+        return "float"
+    if mnemonic.startswith(("sdiv", "udiv")):
+        return "divide"
+    if mnemonic.startswith(("mul", "mla", "mls", "sml", "smu", "smm", "uml", "umu")):
+        return "multiply"
+    return "other"
+
+
+def transfers(mnemonic: str, operands: str) -> int | None:
+    """Registers that a multiple load or store moves; None for a single one."""
+    if mnemonic.startswith(("ldrd", "strd")):
+        return 2
+    if "{" not in operands:
+        return None
+    count = 0
+    for part in operands[operands.index("{") + 1 : operands.index("}")].split(","):
+        first, _, last = part.strip().partition("-")
+        count += int(last[1:]) - int(first[1:]) + 1 if last else 1
+    return count * (2 if "{d" in operands.replace(" ", "") else 1)
+
+
+def block_cycles(block: Block, taken: bool, assumption: Assumption) -> int:
+    """Cycles of one run of a block with zero-wait memory.
+
+    Source: Arm, Cortex-M4 Technical Reference Manual (DDI 0439; 100166), section 3.3.1 "Table of
+    processor instructions", 3.3.2 "Load/store timings", and section 7.2.3, the FPU's table.
+    """
+    cycles, after_single = 0, False
+    for mnemonic, operands in ((m, o) for _, m, o in block):
+        what, count = kind(mnemonic, operands), transfers(mnemonic, operands)
+        single = what in ("load", "store") and count is None
+        if single:
+            cycles += 1 if after_single and assumption.pipelined else 2
+        elif what in ("load", "store"):
+            cycles += 1 + count
+        elif what == "branch":
+            cycles += 1 + (count or 0)
+        elif what == "divide":
+            cycles += assumption.divide
+        elif mnemonic.startswith(("vmla", "vmls", "vfma", "vfms", "vnml", "vfnm")):
+            cycles += 3
+        elif mnemonic.startswith(("vdiv", "vsqrt")):
+            cycles += 14
+        else:
+            cycles += 1
+        after_single = single
+    return cycles + (assumption.refill + assumption.branch_wait if taken else 0)
+
+
+def was_taken(block: Block, following: int) -> bool:
+    """Whether a block ended in a branch that was taken; `following`: the block that ran next."""
+    address, mnemonic, operands = block[-1]
+    # A halfword or a word further on is where the next instruction lies.
+    return is_branch(mnemonic, operands) and following - address not in (2, 4)
+
+
+def instruction_classes(blocks: dict[int, Block], layer: Counter) -> Counter:
+    """{class: instructions executed} of one layer; branches are told apart by whether taken."""
+    classes = Counter()
+    for (at, following), times in layer.items():
+        for _, mnemonic, operands in blocks[at][:-1]:
+            classes[kind(mnemonic, operands)] += times
+        what = kind(*blocks[at][-1][1:])
+        if what == "branch":
+            what += "_taken" if was_taken(blocks[at], following) else "_not_taken"
+        classes[what] += times
+    return classes
+
+
+def layer_cycles(blocks: dict[int, Block], layer: Counter, assumption: Assumption) -> int:
+    """Cycles of one layer with its weights at hand."""
+    return sum(
+        times * block_cycles(blocks[at], was_taken(blocks[at], following), assumption)
+        for (at, following), times in layer.items()
+    )
+
+
+# ---- one variant -------------------------------------------------------------------------------
+
+
+def fits(source: str, precision: str, board: Board) -> bool:
+    """Whether the program links for a board's memories."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            build(source, precision, board, Path(folder))
+        except DoesNotFit:
+            return False
+    return True
+
+
+def count_instructions(blocks: dict[int, Block], layer: Counter) -> int:
+    """Instructions executed in one layer."""
+    return sum(times * len(blocks[at]) for (at, _), times in layer.items())
+
+
+def measure(source: str, precision: str, board: Board, images: torch.Tensor) -> dict:
+    """{instructions a layer, sizes, logits, blocks, layers} of a program on one board.
+
+    Raises NotInstalled, DoesNotFit, or UserError: a compiler or QEMU that fails or hangs.
+    """
+    require_tools()
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(source, precision, board, Path(folder))
+        sizes = section_bytes(program)
+        ran = run(board, program, images)
+        blocks, layers = trace(board, program, images)
+    instructions = [count_instructions(blocks, layer) for layer in layers]
+    # SysTick counts whole ticks, and a few instructions around the call.
+    if abs(sum(instructions) - INSTRUCTIONS_A_TICK * ran["ticks"]) > 2 * INSTRUCTIONS_A_TICK:
+        raise UserError(
+            f"{EMULATOR}'s log has {sum(instructions):,} instructions, its clock "
+            f"{INSTRUCTIONS_A_TICK * ran['ticks']:,}: this version of QEMU cannot be counted on"
+        )
+    return {
+        "instructions_per_layer": instructions,
+        "flash_bytes": sizes[".text"] + sizes.get(".data", 0),
+        "ram_bytes": sizes.get(".data", 0) + sizes[".bss"] + ran["stack_bytes"],
+        "logits": ran["logits"],
+        "blocks": blocks,
+        "layers": layers,
+    }
+
+
+def cortex_m_row(source: str, precision: str, images: torch.Tensor, weight_bytes_read: int) -> dict:
+    """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
+
+    images: (N, 3, 32, 32) network inputs; the first one's inference is counted. The logits of all
+    are in `m4_logits`, to be compared with the host's. weight_bytes_read: by all layers together.
+    """
+    m4 = measure(source, precision, M4, images)
+    m7 = measure(source, precision, M7, images[:1])
+    classes = Counter()
+    for layer in m4["layers"]:
+        classes += instruction_classes(m4["blocks"], layer)
+    row = {
+        "m4_instructions": sum(m4["instructions_per_layer"]),
+        "m4_instructions_per_layer": m4["instructions_per_layer"],
+        "m4_instructions_by_class": dict(classes.most_common()),
+        "m4_flash_bytes": m4["flash_bytes"],
+        "m4_ram_bytes": m4["ram_bytes"],
+        "m7_instructions": sum(m7["instructions_per_layer"]),
+        "stm32f405_fits": fits(source, precision, STM32F405),
+        "m4_logits": m4["logits"].tolist(),
+    }
+    lines = -(-weight_bytes_read // FLASH_LINE_BYTES)
+    for suffix, assumption in ASSUMPTIONS.items():
+        cycles = lines * assumption.weight_wait + sum(
+            layer_cycles(m4["blocks"], layer, assumption) for layer in m4["layers"]
+        )
+        picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
+        row[f"m4_cycles_modelled{suffix}"] = cycles
+        row[f"stm32l4r5_energy_modelled{suffix}_uj"] = cycles * picojoules / 1e6
+    return row
