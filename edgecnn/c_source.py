@@ -75,11 +75,15 @@ def conv_order(weight: np.ndarray, winograd: bool) -> np.ndarray:
 
 
 def linear_order(weight: np.ndarray) -> np.ndarray:
-    """int8 (O, I), zero-filled to multiples of 4, as (O/4, I/4, 4 outputs, 4 inputs)."""
+    """int8 (O, I) as linear_dense reads it: int16 (O/4, I/4, 2, 2, 2), two rows in a value.
+
+    Zero-filled to multiples of 4. Rows 2i and 2i + 1 share 256 * upper + lower, which always fits.
+    """
     outputs, inputs = weight.shape
-    padded = np.pad(weight, ((0, -outputs % 4), (0, -inputs % 4)))
-    blocks = padded.reshape(-(-outputs // 4), 4, -(-inputs // 4), 4)
-    return blocks.transpose(0, 2, 1, 3)
+    padded = np.pad(weight, ((0, -outputs % 4), (0, -inputs % 4))).astype(np.int16)
+    paired = padded[0::2] + 256 * padded[1::2]  # (O/2, I)
+    # (O/4, row pair, I/4, k, j) -> (O/4, I/4, row pair, j, k): a word holds the inputs j and j + 2
+    return paired.reshape(len(paired) // 2, 2, -1, 2, 2).transpose(0, 2, 1, 4, 3)
 
 
 def hwc_columns(weight: np.ndarray, channels: int) -> np.ndarray:
@@ -205,8 +209,10 @@ def int8_layer_source(layer: dict, storage: str) -> tuple[str, str, str]:
         text += c_array("uint8_t", f"{name}_entries", entries)
         text += c_array("uint32_t", f"{name}_starts", starts)
     else:
-        ordered = conv_order(weight, winograd) if conv else linear_order(weight)
-        text += c_array("int8_t", f"{name}_weights", ordered)
+        if conv:
+            text += c_array("int8_t", f"{name}_weights", conv_order(weight, winograd))
+        else:
+            text += c_array("int16_t", f"{name}_weights", linear_order(weight))
     stored = f"0, {name}_entries, {name}_starts" if sparse else f"{name}_weights, 0, 0"
     scale = f"{{{name}_multiplier, {name}_bias, {layer['low']}, {layer['high']}, {layer['shift']}}}"
     if conv:

@@ -49,7 +49,8 @@ static inline int32_t mac_high(pair_t a, int32_t b, int32_t sum) { return sum + 
 
 static inline int32_t mac_pairs(pair_t a, pair_t b, int32_t sum)
 {
-    return sum + low_of(a) * low_of(b) + high_of(a) * high_of(b);
+    return (int32_t)((uint32_t)sum + (uint32_t)(low_of(a) * low_of(b)) +
+                     (uint32_t)(high_of(a) * high_of(b)));  /* wraps, as SMLAD does */
 }
 
 static inline pair_t add_pairs(pair_t a, pair_t b)
@@ -79,15 +80,15 @@ static inline pair_t unsigned_odd(uint32_t bytes) { return bytes >> 8 & 0xff00ff
 
 static inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
-static inline uint8_t requantize(const requantize_t *r, int channel, int32_t sum)
+static inline uint8_t requantize(const requantize_t r, int channel, int32_t sum)
 {
     const float magic = 12582912.0f;  /* 1.5 * 2^23: adding it rounds to nearest, ties to even */
     union { float real; int32_t bits; } scaled, zero = {magic};
-    scaled.real = ((float)sum + r->bias[channel]) * r->multiplier[channel] + magic;
+    scaled.real = ((float)sum + r.bias[channel]) * r.multiplier[channel] + magic;
     int32_t n = scaled.bits - zero.bits;
-    n = n < r->low ? r->low : n;
-    n = n > r->high ? r->high : n;
-    return (uint8_t)(n + r->shift);
+    n = n < r.low ? r.low : n;
+    n = n > r.high ? r.high : n;
+    return (uint8_t)(n + r.shift);
 }
 
 /* sums[2][4] = a[pairs][2] . b[pairs][4], each word a pair of int16. */
@@ -125,27 +126,42 @@ static inline void multiply_2x4(const pair_t *a, const pair_t *b, int pairs, int
 
 /* ---- dense convolutions --------------------------------------------------------------------- */
 
-/* columns[width/2][pairs][4 positions of a window]: the 9 * inputs values under each position. */
-static void gather_windows(const conv_t *layer, const uint8_t *in, int window_row, int16_t *columns)
+/* band[4 rows][width + 2][inputs]: the zero-padded values under one row of pooling windows. */
+static void unpack_band(const conv_t *layer, const uint8_t *in, int window_row, int16_t *band)
 {
-    int c_count = layer->inputs, length = 9 * c_count, pairs = CEIL_DIV(length, 2);
+    int c_count = layer->inputs, length = layer->width * c_count, flip = layer->flip;
+    int zero = layer->zero;
+    for (int row = 0; row < 4; row++) {
+        int y = 2 * window_row + row - 1;
+        const uint8_t *from = in + y * length;
+        for (int i = 0; i < c_count; i++) *band++ = 0;
+        if (y >= 0 && y < layer->height)
+            for (int i = 0; i < length; i++) *band++ = (int16_t)((from[i] ^ flip) - zero);
+        else
+            for (int i = 0; i < length; i++) *band++ = 0;
+        for (int i = 0; i < c_count; i++) *band++ = 0;
+    }
+}
+
+/* columns[width/2][pairs][4 positions of a window]: the 9 * inputs values under each position. */
+static void gather_windows(const conv_t *layer, const int16_t *band, int16_t *columns)
+{
+    int c_count = layer->inputs, run = 3 * c_count, row = (layer->width + 2) * c_count;
+    int pairs = CEIL_DIV(3 * run, 2);
     for (int window = 0; window < layer->width / 2; window++, columns += 8 * pairs) {
         for (int position = 0; position < 4; position++) {
+            const int16_t *from =
+                band + position / 2 * row + (2 * window + position % 2) * c_count;
             int16_t *to = columns + 2 * position;
-            int k = 0;
-            for (int ky = 0; ky < 3; ky++) {
-                int y = 2 * window_row + position / 2 + ky - 1;
-                for (int kx = 0; kx < 3; kx++) {
-                    int x = 2 * window + position % 2 + kx - 1;
-                    int inside = y >= 0 && y < layer->height && x >= 0 && x < layer->width;
-                    const uint8_t *from = in + (y * layer->width + x) * c_count;
-                    for (int c = 0; c < c_count; c++, k++) {
-                        to[8 * (k / 2) + k % 2] =
-                            inside ? (int16_t)((from[c] ^ layer->flip) - layer->zero) : 0;
-                    }
-                }
+            int odd = 0;  /* whether the next value is the high lane of its pair */
+            for (int ky = 0; ky < 3; ky++, from += row) {
+                const int16_t *value = from, *end = from + run;
+                if (odd) to[1] = *value++, to += 8;
+                for (; value + 1 < end; value += 2, to += 8) to[0] = value[0], to[1] = value[1];
+                odd = value < end;
+                if (odd) to[0] = *value;
             }
-            if (length % 2) to[8 * (k / 2) + 1] = 0;
+            if (odd) to[1] = 0;
         }
     }
 }
@@ -154,9 +170,12 @@ void conv_direct(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
 {
     int length = 9 * layer->inputs, pairs = CEIL_DIV(length, 2), outputs = layer->outputs;
     int windows = layer->width / 2;
+    const requantize_t scale = layer->requantize;
     pair_t *columns = scratch, *rows = columns + windows * pairs * 4;
+    int16_t *band = (int16_t *)(rows + 2 * pairs);
     for (int y = 0; y < layer->height / 2; y++, out += windows * outputs) {
-        gather_windows(layer, in, y, (int16_t *)columns);
+        unpack_band(layer, in, y, band);
+        gather_windows(layer, band, (int16_t *)columns);
         for (int o = 0; o < outputs; o += 2) {
             const int8_t *first = layer->weights + o * length;
             int both = o + 1 < outputs;
@@ -170,10 +189,10 @@ void conv_direct(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
                 int32_t s[8];
                 multiply_2x4(rows, columns + x * pairs * 4, pairs, s);
                 uint8_t *to = out + x * outputs + o;
-                to[0] = requantize(&layer->requantize, o,
+                to[0] = requantize(scale, o,
                                    larger(larger(s[0], s[1]), larger(s[2], s[3])));
                 if (both)
-                    to[1] = requantize(&layer->requantize, o + 1,
+                    to[1] = requantize(scale, o + 1,
                                        larger(larger(s[4], s[5]), larger(s[6], s[7])));
             }
         }
@@ -224,24 +243,28 @@ static void transform_tiles(const conv_t *layer, const uint8_t *in, const uint8_
     }
 }
 
+/* One row of (2 G) t for the three columns a, b, c of t. */
+static inline void transform_filter_row(pair_t a, pair_t b, pair_t c, pair_t *to, int step)
+{
+    pair_t outer = add_pairs(a, c);
+    to[0] = add_pairs(a, a);
+    to[step] = add_pairs(outer, b);
+    to[2 * step] = subtract_pairs(outer, b);
+    to[3 * step] = add_pairs(c, c);
+}
+
 /* (2 G) g (2 G)^T of one 3x3 filter of channel pairs: four times G g G^T, so an integer. */
 static inline void transform_filter(const pair_t *g, pair_t *to, int step)
 {
-    pair_t t[12];
-    for (int j = 0; j < 3; j++) {
-        pair_t outer = add_pairs(g[j], g[6 + j]);
-        t[j] = add_pairs(g[j], g[j]);
-        t[3 + j] = add_pairs(outer, g[3 + j]);
-        t[6 + j] = subtract_pairs(outer, g[3 + j]);
-        t[9 + j] = add_pairs(g[6 + j], g[6 + j]);
-    }
-    for (int i = 0; i < 12; i += 3, to += 4 * step) {
-        pair_t outer = add_pairs(t[i], t[i + 2]);
-        to[0] = add_pairs(t[i], t[i]);
-        to[step] = add_pairs(outer, t[i + 1]);
-        to[2 * step] = subtract_pairs(outer, t[i + 1]);
-        to[3 * step] = add_pairs(t[i + 2], t[i + 2]);
-    }
+    pair_t a = add_pairs(g[0], g[6]), b = add_pairs(g[1], g[7]), c = add_pairs(g[2], g[8]);
+    transform_filter_row(add_pairs(g[0], g[0]), add_pairs(g[1], g[1]), add_pairs(g[2], g[2]), to,
+                         step);
+    transform_filter_row(add_pairs(g[6], g[6]), add_pairs(g[7], g[7]), add_pairs(g[8], g[8]),
+                         to + 12 * step, step);
+    transform_filter_row(add_pairs(a, g[3]), add_pairs(b, g[4]), add_pairs(c, g[5]), to + 4 * step,
+                         step);
+    transform_filter_row(subtract_pairs(a, g[3]), subtract_pairs(b, g[4]), subtract_pairs(c, g[5]),
+                         to + 8 * step, step);
 }
 
 /* filters[16][inputs/2][2 outputs] of the outputs o and o + 1. */
@@ -278,6 +301,7 @@ void conv_winograd(const conv_t *layer, const uint8_t *in, uint8_t *out, void *s
     int width = layer->width, c_count = layer->inputs, outputs = layer->outputs;
     int total = layer->height / 2 * (width / 2), quads = WINOGRAD_QUADS(width);
     int block = WINOGRAD_TILE_ROWS(width) * (width / 2);
+    const requantize_t scale = layer->requantize;
     pair_t *tiles = scratch, *filters = tiles + 16 * quads * 4 * (c_count / 2);
     uint8_t *zeros = (uint8_t *)(filters + 16 * c_count);
     for (int c = 0; c < c_count; c++) zeros[c] = 0;
@@ -294,9 +318,9 @@ void conv_winograd(const conv_t *layer, const uint8_t *in, uint8_t *out, void *s
                                  sums + 8 * i);
                 uint8_t *to = out + (first + tile) * outputs + o;
                 for (int lane = 0; lane < 4 && tile + lane < count; lane++, to += outputs) {
-                    to[0] = requantize(&layer->requantize, o, largest_of_tile(sums + lane) / 4);
+                    to[0] = requantize(scale, o, largest_of_tile(sums + lane) >> 2);
                     to[1] =
-                        requantize(&layer->requantize, o + 1, largest_of_tile(sums + 4 + lane) / 4);
+                        requantize(scale, o + 1, largest_of_tile(sums + 4 + lane) >> 2);
                 }
             }
         }
@@ -327,6 +351,7 @@ static void pack_band(const conv_t *layer, const uint8_t *in, int window_row, pa
 void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scratch)
 {
     int outputs = layer->outputs, windows = layer->width / 2, half = CEIL_DIV(windows, 2);
+    const requantize_t scale = layer->requantize;
     pair_t *band = scratch;
     for (int y = 0; y < layer->height / 2; y++, out += windows * outputs) {
         pack_band(layer, in, y, band);
@@ -351,10 +376,10 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
                 }
 #undef STEP
                 uint8_t *to = out + x * outputs + o;
-                *to = requantize(&layer->requantize, o, larger(larger(s0, s2), larger(s4, s6)));
+                *to = requantize(scale, o, larger(larger(s0, s2), larger(s4, s6)));
                 if (x + half < windows)
                     to[half * outputs] =
-                        requantize(&layer->requantize, o, larger(larger(s1, s3), larger(s5, s7)));
+                        requantize(scale, o, larger(larger(s1, s3), larger(s5, s7)));
             }
         }
     }
@@ -362,9 +387,16 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
 
 /* ---- linear layers -------------------------------------------------------------------------- */
 
+/* A halfword of weights is 256 * upper + lower, exactly, for the rows o and o + 1. So one SMLAD on the
+ * word itself sums both rows, one on its sign-extended low bytes sums the lower row alone, and the
+ * difference is 256 times the upper row: right modulo 2^32 while |sum of the upper row| < 2^23, which
+ * 256 inputs of at most 255 * 127 cannot reach. */
+#define UPPER_ROW_INPUTS 256
+
 void linear_dense(const linear_t *layer, const uint8_t *in, uint8_t *out, void *scratch)
 {
     int quads = CEIL_DIV(layer->inputs, 4);
+    const requantize_t scale = layer->requantize;
     pair_t *values = scratch;
     for (int i = 0; i < quads; i++) {
         uint32_t bytes = 0;
@@ -375,29 +407,42 @@ void linear_dense(const linear_t *layer, const uint8_t *in, uint8_t *out, void *
     const two_pairs_t *weights = (const two_pairs_t *)layer->weights;
     for (int o = 0; o < layer->outputs; o += 4) {
         int32_t sums[4] = {0, 0, 0, 0};
-        const two_pairs_t *value = scratch, *end = value + quads;
-        int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        for (; value != end; value++, weights += 2) {
-            pair_t even = (pair_t)*value, odd = (pair_t)(*value >> 32);
-            two_pairs_t w = weights[0];
-            s0 = mac_pairs(signed_even((uint32_t)w), even, s0);
-            s0 = mac_pairs(signed_odd((uint32_t)w), odd, s0);
-            s1 = mac_pairs(signed_even((uint32_t)(w >> 32)), even, s1);
-            s1 = mac_pairs(signed_odd((uint32_t)(w >> 32)), odd, s1);
-            w = weights[1];
-            s2 = mac_pairs(signed_even((uint32_t)w), even, s2);
-            s2 = mac_pairs(signed_odd((uint32_t)w), odd, s2);
-            s3 = mac_pairs(signed_even((uint32_t)(w >> 32)), even, s3);
-            s3 = mac_pairs(signed_odd((uint32_t)(w >> 32)), odd, s3);
+        const two_pairs_t *value = scratch, *last = value + quads;
+        while (value != last) {
+            const two_pairs_t *end = value + UPPER_ROW_INPUTS / 4 < last ? value + UPPER_ROW_INPUTS / 4 : last;
+            int32_t both01 = 0, both23 = 0, low0 = 0, low2 = 0;
+#define STEP(i) { \
+        pair_t even = (pair_t)value[i], odd = (pair_t)(value[i] >> 32); \
+        pair_t w = (pair_t)weights[2 * (i)], next = (pair_t)(weights[2 * (i)] >> 32); \
+        both01 = mac_pairs(w, even, both01), low0 = mac_pairs(signed_even(w), even, low0); \
+        both01 = mac_pairs(next, odd, both01), low0 = mac_pairs(signed_even(next), odd, low0); \
+        w = (pair_t)weights[2 * (i) + 1], next = (pair_t)(weights[2 * (i) + 1] >> 32); \
+        both23 = mac_pairs(w, even, both23), low2 = mac_pairs(signed_even(w), even, low2); \
+        both23 = mac_pairs(next, odd, both23), low2 = mac_pairs(signed_even(next), odd, low2); }
+            if ((end - value) & 1) {
+                STEP(0)
+                value += 1, weights += 2;
+            }
+            if ((end - value) & 2) {
+                STEP(0) STEP(1)
+                value += 2, weights += 4;
+            }
+            for (; value != end; value += 4, weights += 8) {
+                STEP(0) STEP(1) STEP(2) STEP(3)
+            }
+#undef STEP
+            sums[0] += low0, sums[2] += low2;
+            sums[1] += (int32_t)((uint32_t)both01 - (uint32_t)low0) >> 8;
+            sums[3] += (int32_t)((uint32_t)both23 - (uint32_t)low2) >> 8;
         }
-        sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
         for (int i = 0; i < 4 && o + i < layer->outputs; i++)
-            out[o + i] = requantize(&layer->requantize, o + i, sums[i]);
+            out[o + i] = requantize(scale, o + i, sums[i]);
     }
 }
 
 void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out)
 {
+    const requantize_t scale = layer->requantize;
     for (int o = 0; o < layer->outputs; o++) {
         const uint8_t *entry = layer->entries + layer->starts[o];
         const uint8_t *end = layer->entries + layer->starts[o + 1];
@@ -409,6 +454,6 @@ void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out)
             at += entry[2];
             sum += *at * (int8_t)entry[3];
         }
-        out[o] = requantize(&layer->requantize, o, sum);
+        out[o] = requantize(scale, o, sum);
     }
 }

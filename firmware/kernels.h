@@ -34,7 +34,7 @@ typedef struct {
 
 typedef struct {
     int inputs, outputs;
-    const int8_t *weights;       /* dense: [outputs/4][inputs/4][4 outputs][4 inputs], zero-filled */
+    const int16_t *weights;      /* dense: two rows a halfword, order by linear_dense, below */
     const uint8_t *entries;
     const uint32_t *starts;
     requantize_t requantize;
@@ -42,7 +42,7 @@ typedef struct {
 
 /* Scratch bytes; every scratch pointer is aligned to 8 bytes. */
 #define DIRECT_SCRATCH(width, inputs) \
-    (((width) / 2 * 4 + 2) * CEIL_DIV(9 * (inputs), 2) * 4)
+    (((width) / 2 * 4 + 2) * CEIL_DIV(9 * (inputs), 2) * 4 + 4 * ((width) + 2) * (inputs) * 2)
 #define WINOGRAD_TILE_ROWS(width) LARGER(8 / LARGER((width) / 2, 1), 1)
 #define WINOGRAD_QUADS(width) CEIL_DIV(WINOGRAD_TILE_ROWS(width) * ((width) / 2), 4)
 #define WINOGRAD_SCRATCH(width, inputs) \
@@ -65,6 +65,8 @@ void conv_winograd(const conv_t *layer, const uint8_t *in, uint8_t *out, void *s
  * channel * 4 * SPARSE_COLUMNS(width) + 4 * kx + ky. A gap above 255 takes entries of value 0. */
 void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scratch);
 
+/* Weights [outputs/4][inputs/4][2][2][2], zero-filled: element (a, b, i, j, k) is output 4a + 2i plus
+ * 256 times output 4a + 2i + 1, of input 4b + 2k + j. */
 void linear_dense(const linear_t *layer, const uint8_t *in, uint8_t *out, void *scratch);
 
 /* A step moves a pointer over `in` by bytes. */
