@@ -17,16 +17,18 @@ import torch
 from edgecnn.checkpoint import fp32_model
 from edgecnn.data import normalize
 from edgecnn.files import REPOSITORY, UserError
-from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm
+from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, weight_layers
 
 FIRMWARE = REPOSITORY / "firmware"
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 COMPILE_TIMEOUT_S = 120
 STORAGES = ("dense", "sparse", "fastest")
-# Share of zeros from which the sparse kernel takes fewer Cortex-M4 instructions than the dense one.
-CONV_BREAK_EVEN, LINEAR_BREAK_EVEN = 0.65, 0.75
+# Share of zeros from which a sparse kernel took fewer Cortex-M4 instructions than this dense one.
+BREAK_EVEN = {"conv_direct": 0.45, "conv_winograd": 0.68, "linear_dense": 0.82}
+MEMORY_TYPES = {"int8": ("uint8_t", "int8_t"), "fp32": ("float", "float")}  # activations, ends
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 MAX_STEP = 255
+BATCH = 250  # images at once in the references
 
 
 # ---- storage of one layer ----------------------------------------------------------------------
@@ -54,16 +56,22 @@ def sparse_entries(rows: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray,
     return np.frombuffer(bytes(entries), np.uint8), np.array(starts, np.uint32)
 
 
+def bitmap_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(masks, values, starts) of int8 rows (O, K): 32 inputs a mask, the first in the highest bit.
+
+    masks: (O, ceil(K / 32)) uint32; values: the non-zeros; starts: (O + 1,) offsets into values.
+    """
+    padded = np.pad(rows != 0, ((0, 0), (0, -rows.shape[1] % 32)))
+    masks = np.packbits(padded, axis=1).view(">u4").astype(np.uint32)
+    starts = np.concatenate([[0], np.cumsum(np.count_nonzero(rows, axis=1))])
+    return masks, rows[rows != 0], starts.astype(np.uint32)
+
+
 def conv_addresses(inputs: int, width: int) -> np.ndarray:
     """Where conv_sparse keeps each of the (inputs, 3, 3) values, in words; see kernels.h."""
     columns = 2 * -(-(width // 2) // 2) + 2
     channel, ky, kx = np.indices((inputs, 3, 3))
     return (channel * 4 * columns + 4 * kx + ky).reshape(-1)
-
-
-def winograd_fits(inputs: int, outputs: int) -> bool:
-    """Whether conv_winograd takes a layer of these channels."""
-    return inputs % 4 == 0 and outputs % 2 == 0
 
 
 def conv_order(weight: np.ndarray, winograd: bool) -> np.ndarray:
@@ -123,7 +131,11 @@ def int8_layers(checkpoint: dict) -> list[dict]:
             scale, output_zero = entry["output_scale"], entry["output_zero_point"]
             layer = {"name": name, "weight": weight, "multiplier": multiplier, "bias": bias}
             if name == "fc2":  # the logits leave as q - 128, signed
-                layer |= {"low": -output_zero, "high": 255 - output_zero, "shift": output_zero - 128}
+                layer |= {
+                    "low": -output_zero,
+                    "high": 255 - output_zero,
+                    "shift": output_zero - 128,
+                }
             else:
                 layer |= {"low": 0, "high": 255 - output_zero, "shift": 0}
             if weight.ndim == 4:
@@ -134,12 +146,34 @@ def int8_layers(checkpoint: dict) -> list[dict]:
             elif name == "fc1":
                 layer["weight"] = hwc_columns(weight, inputs)
             sums = 255 * np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
-            if not (np.all((sums + np.abs(bias)) * multiplier < ROUNDING_LIMIT) and sums.max() < 2**29):
+            if not (
+                np.all((sums + np.abs(bias)) * multiplier < ROUNDING_LIMIT) and sums.max() < 2**29
+            ):
                 raise ValueError(f"{name} can overflow the kernels' arithmetic")
             layers.append(layer)
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None
+    return layers
+
+
+def fp32_layers(checkpoint: dict) -> list[dict]:
+    """The layers of an fp32 checkpoint in order, BN folded; keys as int8_layers gives them, and relu.
+
+    Raises UserError when the tensors do not fit the network.
+    """
+    model, layers = fold_batch_norm(fp32_model(checkpoint)), []
+    channels, height, width = IMAGE_SHAPE
+    for name, module in weight_layers(model).items():
+        weight, bias = (tensor.detach().numpy() for tensor in (module.weight, module.bias))
+        layer = {"name": name.removesuffix(".conv"), "weight": weight, "bias": bias}
+        if weight.ndim == 4:
+            layer |= {"height": height, "width": width}
+            channels, height, width = len(weight), height // 2, width // 2
+        else:
+            layer["relu"] = int(name == "fc1")
+            layer["weight"] = hwc_columns(weight, channels) if name == "fc1" else weight
+        layers.append(layer)
     return layers
 
 
@@ -171,147 +205,187 @@ def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
     """uint8 pixels (N, 3, 32, 32) -> int8 network inputs: normalized, quantized, less 128."""
     quantization = checkpoint["quantization"]
     quantized = torch.quantize_per_tensor(
-        normalize(images), quantization["input_scale"], quantization["input_zero_point"], torch.quint8
+        normalize(images),
+        quantization["input_scale"],
+        quantization["input_zero_point"],
+        torch.quint8,
     )
     return (quantized.int_repr().int() - 128).to(torch.int8)
+
+
+# ---- how each layer is stored ------------------------------------------------------------------
+
+
+def dense_kernel(layer: dict) -> str:
+    """The dense kernel that takes a layer."""
+    weight = layer["weight"]
+    if weight.ndim == 2:
+        return "linear_dense"
+    fits = weight.shape[1] % 4 == 0 and len(weight) % 2 == 0 and not layer["flip"]
+    return "conv_winograd" if fits else "conv_direct"
+
+
+def sparse_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
+    """(kernel, arrays) of the non-zeros: for a Linear layer the smaller of entries and a bitmap."""
+    weight = layer["weight"]
+    rows = weight.reshape(len(weight), -1)
+    if weight.ndim == 4:
+        entries, starts = sparse_entries(rows, conv_addresses(weight.shape[1], layer["width"]))
+        return "conv_sparse", {"entries": entries, "starts": starts}
+    entries, starts = sparse_entries(rows, np.arange(rows.shape[1]))
+    masks, values, value_starts = bitmap_rows(rows)
+    if masks.nbytes + values.nbytes < entries.nbytes:
+        return "linear_bitmap", {"masks": masks, "values": values, "starts": value_starts}
+    return "linear_sparse", {"entries": entries, "starts": starts}
+
+
+def int8_storage(layer: dict, storage: str) -> tuple[str, dict[str, np.ndarray]]:
+    """(kernel, arrays by member of the layer's struct) of one int8 layer."""
+    weight, kernel = layer["weight"], dense_kernel(layer)
+    zeros = np.count_nonzero(weight == 0) / weight.size
+    if storage == "sparse" or (storage == "fastest" and zeros > BREAK_EVEN[kernel]):
+        return sparse_storage(layer)
+    if weight.ndim == 2:
+        return kernel, {"weights": linear_order(weight)}
+    return kernel, {"weights": conv_order(weight, kernel == "conv_winograd")}
+
+
+def fp32_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
+    """(kernel, arrays) of one fp32 layer: four outputs side by side, zero-filled."""
+    weight = layer["weight"]
+    rows = weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
+    rows = rows.reshape(len(rows), -1)
+    padded = np.pad(rows, ((0, -len(rows) % 4), (0, 0)))
+    interleaved = padded.reshape(len(padded) // 4, 4, -1).swapaxes(1, 2)  # (O/4, K, 4)
+    kernel = "conv_fp32" if weight.ndim == 4 else "linear_fp32"
+    return kernel, {"weights": interleaved, "bias": layer["bias"]}
+
+
+def stored_layers(checkpoint: dict, storage: str = "fastest") -> list[dict]:
+    """The layers of a checkpoint with their `kernel` and `arrays`; see c_source for `storage`."""
+    if checkpoint["precision"] == "fp32":
+        layers = fp32_layers(checkpoint)
+        stored = [fp32_storage(layer) for layer in layers]
+    else:
+        layers = int8_layers(checkpoint)
+        stored = [int8_storage(layer, storage) for layer in layers]
+    return [
+        {**layer, "kernel": kernel, "arrays": arrays}
+        for layer, (kernel, arrays) in zip(layers, stored, strict=True)
+    ]
+
+
+def weight_bytes_read(layer: dict) -> int:
+    """Bytes of weights that the kernel of a stored layer reads from flash in one inference.
+
+    A kernel reads its weights once a row of windows (direct), a block of tiles (Winograd), a block of
+    windows (sparse), a window (fp32), or once in all (Linear).
+    """
+    arrays = layer["arrays"]
+    once = sum(
+        arrays[key].nbytes for key in arrays if key in ("weights", "entries", "masks", "values")
+    )
+    if layer["weight"].ndim == 2:
+        return once
+    rows, windows = layer["height"] // 2, layer["width"] // 2
+    tile_rows = max(8 // max(windows, 1), 1)  # WINOGRAD_TILE_ROWS
+    passes = {
+        "conv_direct": rows,
+        "conv_winograd": -(-rows // tile_rows),
+        "conv_sparse": rows * -(-windows // 2),
+        "conv_fp32": rows * windows,
+    }
+    return once * passes[layer["kernel"]]
 
 
 # ---- C text ------------------------------------------------------------------------------------
 
 
-def c_array(kind: str, name: str, values: np.ndarray) -> str:
-    """A static const array, aligned for 8-byte loads; floats in hexadecimal, so exact."""
+def c_array(name: str, values: np.ndarray) -> str:
+    """A static const array, aligned for 8-byte loads; floats in their shortest exact form."""
     flat = values.reshape(-1)
     if flat.dtype == np.float32:
-        words = [float(value).hex() + "f" for value in flat]
+        kind, words = "float", [f"{text}f" for text in flat.astype(str)]
     else:
-        words = list(map(str, flat.tolist()))
-    lines = [", ".join(words[i : i + 24]) for i in range(0, len(words), 24)]
+        kind, words = f"{flat.dtype}_t", list(map(str, flat.tolist()))
+    lines = [",".join(words[i : i + 32]) for i in range(0, len(words), 32)]
     body = ",\n".join(lines) or "0"
     return f"static const {kind} {name}[] __attribute__((aligned(8))) = {{\n{body}}};\n"
 
 
-def int8_layer_source(layer: dict, storage: str) -> tuple[str, str, str]:
-    """(definitions, kernel, scratch bytes as C) of one layer."""
-    name, weight = layer["name"], layer["weight"]
+def layer_source(layer: dict) -> str:
+    """The constants of one stored layer and the struct that holds them."""
+    name, arrays, weight = layer["name"], dict(layer["arrays"]), layer["weight"]
     outputs, inputs = weight.shape[:2]
-    conv = weight.ndim == 4
-    zeros = np.count_nonzero(weight == 0) / weight.size
-    sparse = storage == "sparse" or (
-        storage == "fastest" and zeros > (CONV_BREAK_EVEN if conv else LINEAR_BREAK_EVEN)
-    )
-    text = c_array("float", f"{name}_multiplier", layer["multiplier"])
-    text += c_array("float", f"{name}_bias", layer["bias"])
-    winograd = conv and winograd_fits(inputs, outputs) and not layer["flip"]
-    if sparse:
-        addresses = conv_addresses(inputs, layer["width"]) if conv else np.arange(inputs)
-        entries, starts = sparse_entries(weight.reshape(outputs, -1), addresses)
-        text += c_array("uint8_t", f"{name}_entries", entries)
-        text += c_array("uint32_t", f"{name}_starts", starts)
-    else:
-        if conv:
-            text += c_array("int8_t", f"{name}_weights", conv_order(weight, winograd))
+    members = {"inputs": inputs, "outputs": outputs}
+    members |= {
+        key: layer[key] for key in ("height", "width", "flip", "zero", "relu") if key in layer
+    }
+    members |= {key: f"{name}_{key}" for key in arrays}
+    if "multiplier" in layer:
+        arrays |= {"multiplier": layer["multiplier"], "bias": layer["bias"]}
+        limits = f"{layer['low']}, {layer['high']}, {layer['shift']}"
+        members["requantize"] = f"{{{name}_multiplier, {name}_bias, {limits}}}"
+    text = "".join(c_array(f"{name}_{key}", values) for key, values in arrays.items())
+    kind = layer["kernel"].split("_")[0] + ("_t" if "multiplier" in layer else "_fp32_t")
+    fields = ",\n    ".join(f".{key} = {value}" for key, value in members.items())
+    return f"{text}static const {kind} {name} = {{\n    {fields}}};\n\n"
+
+
+def scratch_source(layer: dict) -> str:
+    """The scratch of a stored layer's kernel, in elements of the activations, as C."""
+    kernel, inputs = layer["kernel"], layer["weight"].shape[1]
+    if kernel in ("linear_sparse", "linear_bitmap", "linear_fp32"):
+        return "0"
+    macro = kernel.removeprefix("conv_").upper() if kernel.startswith("conv") else "LINEAR"
+    macro = "CONV_FP32" if kernel == "conv_fp32" else macro
+    arguments = f"{layer['width']}, {inputs}" if kernel.startswith("conv") else f"{inputs}"
+    return f"{macro}_SCRATCH({arguments})"
+
+
+def infer_source(layers: list[dict], precision: str) -> str:
+    """The function infer and its static memory: activations in front, a layer's scratch behind.
+
+    A convolution writes over its own input; a Linear layer writes behind it.
+    """
+    memory, value = MEMORY_TYPES[precision]
+    calls, needs, at = [], [], 0
+    for index, layer in enumerate(layers):
+        outputs, inputs = layer["weight"].shape[:2]
+        source = target = f"memory + {at}"
+        if layer["weight"].ndim == 4:
+            pixels = layer["height"] * layer["width"]
+            source = source if index else f"(const {memory} *)image"
+            windows = (layer["height"] // 2) * (layer["width"] // 2)
+            held = max(outputs * windows, inputs * pixels if index else 0)
         else:
-            text += c_array("int16_t", f"{name}_weights", linear_order(weight))
-    stored = f"0, {name}_entries, {name}_starts" if sparse else f"{name}_weights, 0, 0"
-    scale = f"{{{name}_multiplier, {name}_bias, {layer['low']}, {layer['high']}, {layer['shift']}}}"
-    if conv:
-        shape = f"{layer['height']}, {layer['width']}, {inputs}, {outputs}, "
-        shape += f"{layer['flip']}, {layer['zero']}"
-        kernel = "conv_sparse" if sparse else "conv_winograd" if winograd else "conv_direct"
-        scratch = f"{kernel.removeprefix('conv_').upper()}_SCRATCH({layer['width']}, {inputs})"
-    else:
-        shape = f"{inputs}, {outputs}"
-        kernel = "linear_sparse" if sparse else "linear_dense"
-        scratch = "0" if sparse else f"LINEAR_SCRATCH({inputs})"
-    kind = "conv_t" if conv else "linear_t"
-    text += f"static const {kind} {name} = {{{shape}, {stored}, {scale}}};\n\n"
-    return text, kernel, scratch
+            last = index == len(layers) - 1
+            at += -(-inputs // 8) * 8
+            target = f"({memory} *)logits" if last else f"memory + {at}"
+            held = at if last else at + outputs
+        held, scratch = -(-held // 8) * 8, scratch_source(layer)
+        needs.append(f"{held} + {scratch}")
+        tail = "" if scratch == "0" else f", memory + {held}"
+        calls.append(f"    {layer['kernel']}(&{layer['name']}, {source}, {target}{tail});\n")
+    largest = needs[0]
+    for need in needs[1:]:
+        largest = f"LARGER({largest},\n    {need})"
+    text = "/* Activations in front, a layer's scratch behind them. */\n"
+    text += f"static {memory} memory[{largest}]\n    __attribute__((aligned(8)));\n\n"
+    return text + f"void infer(const {value} *image, {value} *logits)\n{{\n{''.join(calls)}}}\n"
 
 
 def c_source(checkpoint: dict, storage: str = "fastest") -> str:
     """The generated weights.c of an int8 or fp32 checkpoint.
 
-    storage (int8): `dense`, `sparse`, or `fastest`, which decides a layer by its share of zeros.
-    Raises UserError when the tensors do not fit the network.
+    storage (int8): `dense`, `sparse` (a layer's non-zeros alone), or `fastest`, which stores a layer
+    sparsely where it has enough zeros for that to save instructions. Raises UserError when the
+    tensors do not fit the network.
     """
-    if checkpoint["precision"] == "fp32":
-        return fp32_source(checkpoint)
-    text = '/* Generated by edgecnn/c_source.py. */\n#include "kernels.h"\n#include "network.h"\n\n'
-    calls, needs, at = [], [], 0
-    for layer in int8_layers(checkpoint):
-        definitions, kernel, scratch = int8_layer_source(layer, storage)
-        text += definitions
-        name, weight = layer["name"], layer["weight"]
-        source, target = f"memory + {at}", f"memory + {at}"
-        if weight.ndim == 4:
-            output_bytes = len(weight) * (layer["height"] // 2) * (layer["width"] // 2)
-            held = output_bytes
-            if not calls:
-                source = "(const uint8_t *)image"
-            else:
-                held = max(held, weight.shape[1] * layer["height"] * layer["width"])
-        else:
-            last = name == "fc2"
-            at += -(-weight.shape[1] // 8) * 8
-            target = "(uint8_t *)logits" if last else f"memory + {at}"
-            held = at + (0 if last else len(weight))
-        held = -(-held // 8) * 8
-        needs.append(f"{held} + {scratch}")
-        tail = "" if kernel == "linear_sparse" else f", memory + {held}"
-        calls.append(f"    {kernel}(&{name}, {source}, {target}{tail});\n")
-    return text + infer_source("uint8_t", "int8_t", needs, calls)
-
-
-def infer_source(memory: str, value: str, needs: list[str], calls: list[str]) -> str:
-    """The function infer and its static memory; `needs`: bytes a layer needs, as C expressions."""
-    largest = needs[0]
-    for need in needs[1:]:
-        largest = f"LARGER({largest},\n    {need})"
-    text = "/* Activations at the front, a layer's scratch behind them. */\n"
-    text += f"static {memory} memory[({largest}) / sizeof({memory})]\n"
-    text += "    __attribute__((aligned(8)));\n\n"
-    text += f"void infer(const {value} *image, {value} *logits)\n{{\n"
-    return text + "".join(calls) + "}\n"
-
-
-def fp32_source(checkpoint: dict) -> str:
-    """c_source for an fp32 checkpoint: BN folded, four output channels side by side."""
-    model = fold_batch_norm(fp32_model(checkpoint))
-    text = '/* Generated by edgecnn/c_source.py. */\n#include "kernels_fp32.h"\n#include "network.h"\n\n'
-    text += "#define LARGER(a, b) ((a) > (b) ? (a) : (b))\n\n"
-    calls, needs, (channels, height, width), at = [], [], IMAGE_SHAPE, 0
-    for name in ("block1", "block2", "block3", "fc1", "fc2"):
-        layer = getattr(model, name)
-        module = layer.conv if name.startswith("block") else layer
-        weight, bias = (t.detach().numpy() for t in (module.weight, module.bias))
-        conv, outputs = weight.ndim == 4, len(weight)
-        source = target = f"memory + {at}"
-        if conv:
-            rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)
-            held = max(
-                outputs * (height // 2) * (width // 2), channels * height * width if calls else 0
-            )
-            source = source if calls else "image"
-            shape = f"{height}, {width}, {channels}, {outputs}"
-            needs.append(f"4 * {held} + CONV_FP32_SCRATCH({width}, {channels})")
-            tail = f", memory + {held}"
-            channels, height, width = outputs, height // 2, width // 2
-        else:
-            rows = hwc_columns(weight, channels) if name == "fc1" else weight
-            shape = f"{rows.shape[1]}, {outputs}, {int(name == 'fc1')}"
-            at += rows.shape[1]
-            target = "logits" if name == "fc2" else f"memory + {at}"
-            needs.append(f"4 * {at + outputs}")
-            tail = ""
-        padded = np.pad(rows, ((0, -outputs % 4), (0, 0)))
-        interleaved = padded.reshape(-(-outputs // 4), 4, -1).swapaxes(1, 2)
-        text += c_array("float", f"{name}_weights", interleaved)
-        text += c_array("float", f"{name}_bias", bias)
-        kind = "conv_fp32" if conv else "linear_fp32"
-        text += f"static const {kind}_t {name} = {{{shape}, {name}_weights, {name}_bias}};\n\n"
-        calls.append(f"    {kind}(&{name}, {source}, {target}{tail});\n")
-    return text + infer_source("float", "float", needs, calls)
+    precision, layers = checkpoint["precision"], stored_layers(checkpoint, storage)
+    header = "kernels.h" if precision == "int8" else "kernels_fp32.h"
+    text = f'/* Generated by edgecnn/c_source.py. */\n#include "{header}"\n#include "network.h"\n\n'
+    return text + "".join(map(layer_source, layers)) + infer_source(layers, precision)
 
 
 # ---- on this machine ---------------------------------------------------------------------------
@@ -331,7 +405,9 @@ def run_compiler(command: list[str], missing: str) -> None:
 
 def kernel_flags(precision: str) -> list[str]:
     """The C flags of a precision: int8 forbids fused multiply-add, fp32 wants it."""
-    return ["-ffp-contract=off"] if precision == "int8" else ["-DNETWORK_FP32", "-ffp-contract=fast"]
+    return (
+        ["-ffp-contract=off"] if precision == "int8" else ["-DNETWORK_FP32", "-ffp-contract=fast"]
+    )
 
 
 def kernel_files(precision: str) -> list[Path]:
@@ -363,3 +439,44 @@ def run_host(library: ctypes.CDLL, images: torch.Tensor) -> torch.Tensor:
     for image, out in zip(rows, logits, strict=True):
         library.infer(image.data_ptr(), out.data_ptr())
     return logits
+
+
+def agreement(logits: torch.Tensor, other: torch.Tensor) -> dict:
+    """How far two sets of int8 logits (N, 10) agree, in plain values."""
+    difference = (logits.int() - other.int()).abs()
+    same_class = logits.int().argmax(1) == other.int().argmax(1)
+    return {
+        "images": len(logits),
+        "bit_exact_images": int((difference.amax(1) == 0).sum()),
+        "top1_agreement_percent": 100 * same_class.double().mean().item(),
+        "max_difference_lsb": int(difference.max()),
+    }
+
+
+def quantized_logits(graph: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+    """int8 logits (N, 10) of torch's quantized modules for uint8 pixels (N, 3, 32, 32).
+
+    `graph` ends in DeQuantize, which is left out; it is packed for one engine, which must be selected.
+    """
+    with torch.no_grad():
+        outputs = [graph[:-1](normalize(batch)).int_repr() for batch in images.split(BATCH)]
+    return (torch.cat(outputs).int() - 128).to(torch.int8)
+
+
+def host_parity(checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str) -> dict:
+    """The generated C, compiled here, against torch and against exact integers.
+
+    images: uint8 pixels (N, 3, 32, 32). graphs: {engine: a function that selects the engine and
+    returns its quantized modules}. Keys of the result: exact_integers and each engine, with
+    `agreement`'s values. fbgemm equals the C bit for bit where the CPU has VNNI; its 8-bit dot product
+    saturates on older x86, so exact_integers, which no CPU changes, is the one to insist on.
+    """
+    values = quantize_images(checkpoint, images)
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_host(c_source(checkpoint, storage), "int8", Path(folder) / "network.so")
+        logits = run_host(library, values)
+    exact = torch.cat([exact_logits(checkpoint, batch) for batch in values.split(BATCH)])
+    found = {"exact_integers": agreement(logits, exact)}
+    for engine, graph in graphs.items():
+        found[engine] = agreement(logits, quantized_logits(graph(), images))
+    return found

@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from edgecnn.c_source import FIRMWARE, WARNINGS, kernel_files, kernel_flags, run_compiler
+from edgecnn.c_source import (
+    FIRMWARE,
+    WARNINGS,
+    c_source,
+    kernel_files,
+    kernel_flags,
+    run_compiler,
+    stored_layers,
+    weight_bytes_read,
+)
 from edgecnn.files import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
@@ -167,13 +176,14 @@ def run(board: Board, program: Path, images: torch.Tensor) -> dict:
 # ---- counting every instruction ----------------------------------------------------------------
 
 Block = list[tuple[int, str, str]]  # (address, mnemonic, operands)
+Layer = list[tuple[Block, int, int]]  # (block, address that ran after it, times)
 
 
-def read_trace(lines) -> tuple[dict[int, Block], list[Counter]]:
-    """Blocks by address, and for each layer a Counter of (block, block that ran after it).
+def read_trace(lines) -> list[Layer]:
+    """What ran in the first inference, by layer.
 
     `lines`: QEMU's log of `-d in_asm,exec,nochain`. A layer ends where the function `infer` goes on
-    to the next kernel, the last one with the return to `run`; only the first inference is read.
+    to the next kernel, the last one with the return to `run`.
     """
     blocks, layers, block = {}, [], []
     previous, was_infer, kernels = None, False, 0
@@ -187,23 +197,22 @@ def read_trace(lines) -> tuple[dict[int, Block], list[Counter]]:
             if block:
                 blocks[block[0][0]], block = block, []
             is_infer = symbol == "infer"
-            if previous is None:
-                if is_infer:
-                    layers.append(Counter())
-                    previous, was_infer = pc, True
+            if previous is None and not is_infer:
                 continue
-            layers[-1][previous, pc] += 1
-            if symbol == "run":
-                break
-            if was_infer and not is_infer:
-                kernels += 1
-                if kernels > 1:
+            if previous is None:
+                layers.append(Counter())
+            else:
+                layers[-1][previous, pc] += 1
+                if symbol == "run":
+                    break
+                kernels += was_infer and not is_infer
+                if kernels > len(layers):
                     layers.append(Counter())
             previous, was_infer = pc, is_infer
-    return blocks, layers
+    return [[(blocks[at], next_, times) for (at, next_), times in c.items()] for c in layers]
 
 
-def trace(board: Board, program: Path, images: torch.Tensor) -> tuple[dict[int, Block], list]:
+def trace(board: Board, program: Path, images: torch.Tensor) -> list[Layer]:
     """read_trace of the first image's inference. Raises UserError when QEMU hangs."""
     folder = program.parent
     write_images(images[:1], folder)
@@ -228,7 +237,9 @@ def is_branch(mnemonic: str, operands: str) -> bool:
     name = mnemonic.removesuffix(".w")
     if name in BRANCHES or re.fullmatch(f"(b|bl|bx|blx)({CONDITIONS})?", name):
         return True
-    return name.startswith(("pop", "ldm", "ldr")) and re.search(r"\bpc\b[^\]]*$", operands) is not None
+    return (
+        name.startswith(("pop", "ldm", "ldr")) and re.search(r"\bpc\b[^\]]*$", operands) is not None
+    )
 
 
 # ---- classes and cycles ------------------------------------------------------------------------
@@ -299,24 +310,24 @@ def was_taken(block: Block, following: int) -> bool:
     return is_branch(mnemonic, operands) and following - address not in (2, 4)
 
 
-def instruction_classes(blocks: dict[int, Block], layer: Counter) -> Counter:
+def instruction_classes(layer: Layer) -> Counter:
     """{class: instructions executed} of one layer; branches are told apart by whether taken."""
     classes = Counter()
-    for (at, following), times in layer.items():
-        for _, mnemonic, operands in blocks[at][:-1]:
+    for block, following, times in layer:
+        for _, mnemonic, operands in block[:-1]:
             classes[kind(mnemonic, operands)] += times
-        what = kind(*blocks[at][-1][1:])
+        what = kind(*block[-1][1:])
         if what == "branch":
-            what += "_taken" if was_taken(blocks[at], following) else "_not_taken"
+            what += "_taken" if was_taken(block, following) else "_not_taken"
         classes[what] += times
     return classes
 
 
-def layer_cycles(blocks: dict[int, Block], layer: Counter, assumption: Assumption) -> int:
+def layer_cycles(layer: Layer, assumption: Assumption) -> int:
     """Cycles of one layer with its weights at hand."""
     return sum(
-        times * block_cycles(blocks[at], was_taken(blocks[at], following), assumption)
-        for (at, following), times in layer.items()
+        times * block_cycles(block, was_taken(block, following), assumption)
+        for block, following, times in layer
     )
 
 
@@ -333,13 +344,8 @@ def fits(source: str, precision: str, board: Board) -> bool:
     return True
 
 
-def count_instructions(blocks: dict[int, Block], layer: Counter) -> int:
-    """Instructions executed in one layer."""
-    return sum(times * len(blocks[at]) for (at, _), times in layer.items())
-
-
 def measure(source: str, precision: str, board: Board, images: torch.Tensor) -> dict:
-    """{instructions a layer, sizes, logits, blocks, layers} of a program on one board.
+    """{instructions (a layer), flash_bytes, ram_bytes, logits, layers} of a program on one board.
 
     Raises NotInstalled, DoesNotFit, or UserError: a compiler or QEMU that fails or hangs.
     """
@@ -348,8 +354,8 @@ def measure(source: str, precision: str, board: Board, images: torch.Tensor) -> 
         program = build(source, precision, board, Path(folder))
         sizes = section_bytes(program)
         ran = run(board, program, images)
-        blocks, layers = trace(board, program, images)
-    instructions = [count_instructions(blocks, layer) for layer in layers]
+        layers = trace(board, program, images)
+    instructions = [sum(times * len(block) for block, _, times in layer) for layer in layers]
     # SysTick counts whole ticks, and a few instructions around the call.
     if abs(sum(instructions) - INSTRUCTIONS_A_TICK * ran["ticks"]) > 2 * INSTRUCTIONS_A_TICK:
         raise UserError(
@@ -357,42 +363,41 @@ def measure(source: str, precision: str, board: Board, images: torch.Tensor) -> 
             f"{INSTRUCTIONS_A_TICK * ran['ticks']:,}: this version of QEMU cannot be counted on"
         )
     return {
-        "instructions_per_layer": instructions,
+        "instructions": instructions,
         "flash_bytes": sizes[".text"] + sizes.get(".data", 0),
         "ram_bytes": sizes.get(".data", 0) + sizes[".bss"] + ran["stack_bytes"],
         "logits": ran["logits"],
-        "blocks": blocks,
         "layers": layers,
     }
 
 
-def cortex_m_row(source: str, precision: str, images: torch.Tensor, weight_bytes_read: int) -> dict:
+def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
     """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
 
-    images: (N, 3, 32, 32) network inputs; the first one's inference is counted. The logits of all
-    are in `m4_logits`, to be compared with the host's. weight_bytes_read: by all layers together.
+    images: (N, 3, 32, 32) network inputs, int8 or float32; the first one's inference is counted. The
+    logits of all are in `m4_logits`, for the host's to be compared with. Raises NotInstalled where a
+    tool is missing, UserError where one fails or hangs.
     """
+    source, precision = c_source(checkpoint, storage), checkpoint["precision"]
+    stored = stored_layers(checkpoint, storage)
     m4 = measure(source, precision, M4, images)
     m7 = measure(source, precision, M7, images[:1])
-    classes = Counter()
-    for layer in m4["layers"]:
-        classes += instruction_classes(m4["blocks"], layer)
+    names = [layer["name"] for layer in stored]
     row = {
-        "m4_instructions": sum(m4["instructions_per_layer"]),
-        "m4_instructions_per_layer": m4["instructions_per_layer"],
-        "m4_instructions_by_class": dict(classes.most_common()),
+        "m4_instructions": sum(m4["instructions"]),
+        "m4_instructions_per_layer": dict(zip(names, m4["instructions"], strict=True)),
+        "m4_instructions_by_class": dict(sum(map(instruction_classes, m4["layers"]), Counter())),
+        "m4_kernels": {layer["name"]: layer["kernel"] for layer in stored},
         "m4_flash_bytes": m4["flash_bytes"],
         "m4_ram_bytes": m4["ram_bytes"],
-        "m7_instructions": sum(m7["instructions_per_layer"]),
+        "m7_instructions": sum(m7["instructions"]),
         "stm32f405_fits": fits(source, precision, STM32F405),
-        "m4_logits": m4["logits"].tolist(),
     }
-    lines = -(-weight_bytes_read // FLASH_LINE_BYTES)
+    lines = sum(-(-weight_bytes_read(layer) // FLASH_LINE_BYTES) for layer in stored)
     for suffix, assumption in ASSUMPTIONS.items():
-        cycles = lines * assumption.weight_wait + sum(
-            layer_cycles(m4["blocks"], layer, assumption) for layer in m4["layers"]
-        )
+        cycles = sum(layer_cycles(layer, assumption) for layer in m4["layers"])
+        cycles += lines * assumption.weight_wait
         picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
         row[f"m4_cycles_modelled{suffix}"] = cycles
         row[f"stm32l4r5_energy_modelled{suffix}_uj"] = cycles * picojoules / 1e6
-    return row
+    return row | {"m4_logits": m4["logits"].tolist()}

@@ -371,7 +371,10 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
         LOAD_TWO(top, bottom, at, 4); \
         s4 = mac_low(top, weight, s4), s5 = mac_high(top, weight, s5); \
         s6 = mac_low(bottom, weight, s6), s7 = mac_high(bottom, weight, s7); }
-                for (; entry != end; entry += 4) {
+                for (; end - entry >= 8; entry += 8) {
+                    STEP(0) STEP(1) STEP(2) STEP(3)
+                }
+                if (entry != end) {
                     STEP(0) STEP(1)
                 }
 #undef STEP
@@ -448,11 +451,31 @@ void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out)
         const uint8_t *end = layer->entries + layer->starts[o + 1];
         const uint8_t *at = in;
         int32_t sum = 0;
-        for (; entry != end; entry += 4) {
-            at += entry[0];
-            sum += *at * (int8_t)entry[1];
-            at += entry[2];
-            sum += *at * (int8_t)entry[3];
+#define STEP(i) at += entry[2 * (i)], sum += *at * (int8_t)entry[2 * (i) + 1];
+        for (; end - entry >= 8; entry += 8) {
+            STEP(0) STEP(1) STEP(2) STEP(3)
+        }
+        if (entry != end) {
+            STEP(0) STEP(1)
+        }
+#undef STEP
+        out[o] = requantize(scale, o, sum);
+    }
+}
+
+void linear_bitmap(const linear_t *layer, const uint8_t *in, uint8_t *out)
+{
+    const requantize_t scale = layer->requantize;
+    const uint32_t *mask = layer->masks;
+    const int8_t *value = layer->values;
+    for (int o = 0; o < layer->outputs; o++) {
+        int32_t sum = 0;
+        for (const uint8_t *at = in; at < in + layer->inputs; at += 32) {
+            for (uint32_t left = *mask++; left;) {
+                int first = __builtin_clz(left);
+                left &= ~(0x80000000u >> first);
+                sum += at[first] * *value++;
+            }
         }
         out[o] = requantize(scale, o, sum);
     }

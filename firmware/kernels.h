@@ -35,8 +35,10 @@ typedef struct {
 typedef struct {
     int inputs, outputs;
     const int16_t *weights;      /* dense: two rows a halfword, order by linear_dense, below */
-    const uint8_t *entries;
-    const uint32_t *starts;
+    const uint8_t *entries;      /* sparse: as in conv_t */
+    const uint32_t *masks;       /* bitmap: 32 inputs a word, the first in the highest bit */
+    const int8_t *values;        /* bitmap: the non-zeros */
+    const uint32_t *starts;      /* outputs + 1 offsets into entries or values */
     requantize_t requantize;
 } linear_t;
 
@@ -71,5 +73,7 @@ void linear_dense(const linear_t *layer, const uint8_t *in, uint8_t *out, void *
 
 /* A step moves a pointer over `in` by bytes. */
 void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out);
+
+void linear_bitmap(const linear_t *layer, const uint8_t *in, uint8_t *out);
 
 #endif

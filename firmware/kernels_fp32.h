@@ -14,7 +14,9 @@ typedef struct {
     const float *bias;
 } linear_fp32_t;
 
-#define CONV_FP32_SCRATCH(width, inputs) (4 * ((width) + 2) * (inputs) * 4)
+/* Scratch floats. */
+#define CONV_FP32_SCRATCH(width, inputs) (4 * ((width) + 2) * (inputs))
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
 
 /* Conv3x3 pad 1 -> ReLU -> MaxPool2. `out` may be `in` where outputs <= 2 * inputs. */
 void conv_fp32(const conv_fp32_t *layer, const float *in, float *out, float *scratch);
