@@ -39,6 +39,7 @@ from edgecnn.files import (
     write_json,
     write_text,
 )
+from edgecnn.peers import RESNET8
 
 # What needs torch is imported where it is used: --budget has to answer at once.
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 README_MARKERS = "<!-- table: begin (evaluate.py --update-readme) -->", "<!-- table: end -->"
 README = REPOSITORY / "README.md"
 TEST_SET = "CIFAR-10 test set"
+# simulate_hardware.py's keys begin so; checkpoints never have them.
+HARDWARE_KEYS = (
+    "m4_",
+    "m7_",
+    "ethos_",
+    "u55_",
+    "u65_",
+    "u85_",
+    "stm32l4r5_",
+    "stm32f405_",
+    "tflite_",
+)
 METHOD_ORDER = ("baseline", "control", "pruned")
 CHANGE_KEYS = {
     "parent": "accuracy_change_points",
@@ -449,13 +462,76 @@ def front_note(rows: list[dict]) -> str:
     return f"Dominated hypervolume of the front ({axes}): {shown}."
 
 
+def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
+    """Rows with simulate_hardware.py's plain figures of the very same checkpoint as columns."""
+    found = {row["checkpoint_sha256"]: row for row in hardware}
+    plain = [
+        {
+            key: value
+            for key, value in found.get(row["checkpoint_sha256"], {}).items()
+            if key.startswith(HARDWARE_KEYS) and not isinstance(value, dict | list)
+        }
+        for row in rows
+    ]
+    ours = [{k: v for k, v in row.items() if not k.startswith(HARDWARE_KEYS)} for row in rows]
+    return [row | figures for row, figures in zip(ours, plain, strict=True)]
+
+
+def scaled(row: dict, key: str, unit: float = 1, digits: int = 0) -> str:
+    """A figure in a unit, or "not measured" where the row is without it."""
+    value = row.get(key)
+    return "not measured" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def hardware_table(rows: list[dict]) -> str:
+    """Targets, one line a variant that has a figure of one, and the peer; empty without figures."""
+    shown = [row for row in rows if any(key.startswith(HARDWARE_KEYS) for key in row)]
+    lines = []
+    for row in shown:
+        cells = [row["variant"], scaled(row, "tflite_micro_accuracy_percent", digits=2)]
+        cells += [scaled(row, "tflite_micro_arena_bytes"), scaled(row, "u55_128_cycles_modelled")]
+        cells += [scaled(row, "u55_128_flash_bytes_modelled", 1024, 1)]
+        cells += [scaled(row, "u55_128_sram_bytes_modelled", 1024, 1)]
+        cells += [scaled(row, "m4_instructions", 1e6, 2), scaled(row, "m4_flash_bytes", 1e3, 1)]
+        cells += [scaled(row, "m4_ram_bytes", 1e3, 1)]
+        band = [f"stm32l4r5_energy_modelled{end}_uj" for end in ("", "_low", "_high")]
+        energy, low, high = (scaled(row, key) for key in band)
+        cells.append(energy if energy == "not measured" else f"{energy} ({low}-{high})")
+        cells.append({True: "yes", False: "no", None: "not measured"}[row.get("stm32f405_fits")])
+        lines.append(cells)
+    peer = [f"*{RESNET8['name']}*", f"{RESNET8['accuracy_percent']:.2f}", "-"]
+    peer += [scaled(RESNET8, "u55_128_cycles_modelled")]
+    peer += [
+        scaled(RESNET8, f"u55_128_{area}_bytes_modelled", 1024, 1) for area in ("flash", "sram")
+    ]
+    peer += ["-", "-", "-", f"{RESNET8['stm32l4r5_energy_measured_uj']:,} measured", "-"]
+    header = (
+        "Variant;Accuracy %, tflite-micro;Arena bytes;Ethos-U55-128 cycles;its flash KiB;"
+        "its SRAM KiB;Cortex-M4 instructions M;its flash kB;its RAM kB;"
+        "STM32L4R5 energy uJ (low-high);Fits STM32F405"
+    ).split(";")
+    return markdown_table(header, [*lines, peer]) if lines else ""
+
+
+def write_tables(folder: Path, rows: list[dict]) -> str:
+    """Write metrics.json and both tables of the rows, with hardware.json's figures; the main table."""
+    hardware = folder / "hardware.json"
+    if hardware.exists():
+        rows = with_hardware(rows, read_json(hardware, "python simulate_hardware.py"))
+    write_json(folder / "metrics.json", rows)
+    write_text(folder / "table.md", tables(rows))
+    everything = [variant_table(rows), hardware_table(rows)]
+    write_text(folder / "table_all.md", "\n\n".join(filter(None, everything)) + "\n")
+    return tables(rows)
+
+
 def tables(rows: list[dict]) -> str:
     """table.md and the README's block: headline and front of the lowest seed, statistics over seeds."""
     lowest = lowest_seed_rows(rows)
     shown = [row for row in lowest if is_headline(row["variant"]) or not row["dominated_by"]]
     hidden = len(lowest) - len(shown)
     note = f"{hidden} more, dominated, in `table_all.md`." if hidden else ""
-    parts = [variant_table(shown), note, front_note(rows), seed_table(rows)]
+    parts = [variant_table(shown), note, front_note(rows), hardware_table(shown), seed_table(rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -645,13 +721,11 @@ def main():
     if args.checkpoints:
         print(f"\n{variant_table(rows)}")
         return
-    print(f"\n{tables(rows)}")
     write_json(folder / "layers.json", [row for path in paths for row in layer_rows(path)])
-    write_json(folder / "metrics.json", rows)
-    write_text(folder / "table.md", tables(rows))
-    write_text(folder / "table_all.md", variant_table(rows) + "\n")
+    table = write_tables(folder, rows)
+    print(f"\n{table}")
     if readme is not None:
-        write_text(README, readme_with(readme, tables(rows)))
+        write_text(README, readme_with(readme, table))
     print(f"wrote metrics.json, table.md and table_all.md in {folder}")
 
 

@@ -1,22 +1,26 @@
 """Step 6: INT8 variants as artifacts that devices run, each checked against PyTorch before it is kept.
 
 Reads   checkpoints/*_int8.pt (or the one given), data/ (test images: only to compare frozen files)
-Writes  results/edge/<variant>.tflite  results/edge/<variant>.json
+Writes  results/edge/<variant>.tflite  results/edge/<variant>.c  results/edge/<variant>.json
 
     python export_edge.py
     python export_edge.py --run reference --images 10000    # the committed figures
     python export_edge.py --smoke           # seconds; reads checkpoints/smoke/
 
 A .tflite file runs under tflite-micro on the same images as the checkpoint under torch. Below
-1,000 images, where a percentage says little, up to 5 may differ (and at most one in 25).
+1,000 images, where a percentage says little, up to 5 may differ (and at most one in 25). The C file
+belongs to the kernels in firmware/: compiled here, it has to give every logit that exact integer
+arithmetic gives, bit for bit; how it agrees with torch's fbgemm and QNNPACK kernels is reported.
 """
 
+import functools
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from edgecnn.c_source import c_source, host_parity
 from edgecnn.checkpoint import load_checkpoint, provenance, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import Split
@@ -31,13 +35,14 @@ from edgecnn.files import (
 from edgecnn.int8 import integer_logits, quantize_images
 from edgecnn.tflite import operators, run_tflite, tflite_micro, write_tflite
 from evaluate import find_checkpoints, load_images
-from quantize import int8_model
+from quantize import int8_graph, int8_model, set_engine
 
 IMAGES = 1000  # about 11 ms an image; all 10,000 for the committed figures
 MIN_AGREEMENT_PERCENT = 99.5
 MAX_ACCURACY_DIFFERENCE_POINTS = 0.15
 LINEAGE = ("method", "criterion", "seed", "parent")
 FEW_IMAGES, FEW_IMAGES_MAY_DIFFER, ONE_IN = 1000, 5, 25
+C_ENGINES = ("fbgemm", "qnnpack")  # torch's kernels that the generated C is held against
 
 
 # ---- parity ------------------------------------------------------------------------------------
@@ -102,6 +107,31 @@ def tflite_artifact(path: Path, checkpoint: dict, data: Split, test_set: str) ->
     }
 
 
+def c_artifact(name: str, checkpoint: dict, data: Split) -> tuple[str, dict]:
+    """(the generated C, its agreement with exact integers and torch) of an int8 checkpoint.
+
+    Raises UserError where a logit differs from exact integers, or no C compiler is there.
+    """
+
+    def graph(engine):
+        set_engine(engine)
+        return int8_graph(checkpoint["tensors"], checkpoint["quantization"])
+
+    graphs = {engine: functools.partial(graph, engine) for engine in C_ENGINES}
+    parity = host_parity(checkpoint, data[0], graphs)
+    exact = parity["exact_integers"]
+    if exact["bit_exact_images"] != exact["images"]:
+        raise UserError(
+            f"{name}.c differs from exact integers by up to {exact['max_difference_lsb']} LSB; "
+            "nothing was written for it: check the C compiler"
+        )
+    return c_source(checkpoint), {
+        f"c_vs_{reference}_{key}": value
+        for reference, figures in parity.items()
+        for key, value in figures.items()
+    }
+
+
 def publish(folder: Path, name: str, files: dict[str, bytes], result: dict) -> None:
     """Write a variant's files, then its JSON; the old JSON never stands beside a new file."""
     json_path = folder / f"{name}.json"
@@ -160,10 +190,11 @@ def main():
     data = images[: args.images], labels[: args.images]
     for path, checkpoint in checkpoints.items():
         content, figures = tflite_artifact(path, checkpoint, data, test_set)
-        files = {f"{path.stem}.tflite": content}  # the generated C will stand beside it here
+        code, c_figures = c_artifact(path.stem, checkpoint, data)
+        files = {f"{path.stem}.tflite": content, f"{path.stem}.c": code.encode()}
         lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
         origin = provenance(path.stem, args, **lineage, checkpoint_sha256=sha256(path))
-        publish(folder, path.stem, files, {**origin, **figures})
+        publish(folder, path.stem, files, {**origin, **figures, **c_figures})
 
 
 if __name__ == "__main__":

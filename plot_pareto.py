@@ -41,6 +41,7 @@ from edgecnn.files import (
     results_dir,
     user_errors_exit_2,
 )
+from edgecnn.peers import RESNET8
 
 # ---------------------------------------------------------------------------------------------
 # Constants
@@ -91,12 +92,16 @@ STYLES = {"fp32": ("o", "#0072B2"), "int8": ("s", "#D55E00")}
 OTHER_STYLE = ("D", "#009E73")
 # Points from elsewhere: legend text, marker, accuracy (%), then one cost a panel, in axis units.
 # Original project: its own table as published; its pruned MACs and sizes were assumed, not counted.
-# ResNet-8: MLPerf Tiny benchmark v1.x reference model, int8 .tflite, the 10,000 test images.
 REFERENCES = [
     ("original project: FP32", "+", 78.73, (2.37, 10.85, 43.40)),
     ("original project: INT8", "x", 78.49, (0.64, 10.85, 10.85)),
     ("original project: pruned 50 %", "v", 80.74, (1.19, 5.42, 21.70)),
-    ("MLPerf Tiny ResNet-8 INT8", "*", 86.97, (98_496 / 2**20, 12.5, 12.5)),
+    (
+        RESNET8["name"],
+        "*",
+        RESNET8["accuracy_percent"],
+        (RESNET8["tflite_bytes"] / 2**20, RESNET8["macs"] / 1e6, RESNET8["macs"] / 1e6),
+    ),
 ]
 FOOTNOTES = """
 The energy score is relative, not joules, and credits every skipped zero. Sparse kernels and NPUs \

@@ -17,6 +17,7 @@ import torch
 from edgecnn.checkpoint import fp32_model
 from edgecnn.data import normalize
 from edgecnn.files import REPOSITORY, UserError
+from edgecnn.int8 import quantize_images
 from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, weight_layers
 
 FIRMWARE = REPOSITORY / "firmware"
@@ -201,16 +202,11 @@ def exact_logits(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
     return values.to(torch.int8)
 
 
-def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels (N, 3, 32, 32) -> int8 network inputs: normalized, quantized, less 128."""
-    quantization = checkpoint["quantization"]
-    quantized = torch.quantize_per_tensor(
-        normalize(images),
-        quantization["input_scale"],
-        quantization["input_zero_point"],
-        torch.quint8,
-    )
-    return (quantized.int_repr().int() - 128).to(torch.int8)
+def network_inputs(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
+    """What the firmware takes for uint8 pixels (N, 3, 32, 32): int8, or normalized float32."""
+    if checkpoint["precision"] == "fp32":
+        return normalize(images)
+    return torch.from_numpy(quantize_images(checkpoint, images)).permute(0, 3, 1, 2)
 
 
 # ---- how each layer is stored ------------------------------------------------------------------
@@ -463,7 +459,9 @@ def quantized_logits(graph: torch.nn.Sequential, images: torch.Tensor) -> torch.
     return (torch.cat(outputs).int() - 128).to(torch.int8)
 
 
-def host_parity(checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str) -> dict:
+def host_parity(
+    checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str = "fastest"
+) -> dict:
     """The generated C, compiled here, against torch and against exact integers.
 
     images: uint8 pixels (N, 3, 32, 32). graphs: {engine: a function that selects the engine and
@@ -471,7 +469,7 @@ def host_parity(checkpoint: dict, images: torch.Tensor, graphs: dict, storage: s
     `agreement`'s values. fbgemm equals the C bit for bit where the CPU has VNNI; its 8-bit dot product
     saturates on older x86, so exact_integers, which no CPU changes, is the one to insist on.
     """
-    values = quantize_images(checkpoint, images)
+    values = network_inputs(checkpoint, images)
     with tempfile.TemporaryDirectory() as folder:
         library = compile_host(c_source(checkpoint, storage), "int8", Path(folder) / "network.so")
         logits = run_host(library, values)

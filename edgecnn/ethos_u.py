@@ -32,6 +32,12 @@ def accelerators() -> list[str]:
     return [member.value for member in Accelerator]
 
 
+def require_accelerator(name: str) -> None:
+    """Raise UserError, listing those there are, when the installed Vela does not know the name."""
+    if vela_installed() and name not in accelerators():
+        raise UserError(f"Vela knows no accelerator {name}; it knows {', '.join(accelerators())}")
+
+
 def run_vela(tflite: bytes, accelerator: str, folder: Path) -> tuple[dict, str]:
     """(the one row of Vela's summary, its report) of a .tflite file, compiled in `folder`."""
     path = folder / "network.tflite"
@@ -68,9 +74,7 @@ def npu_cost(tflite: bytes, accelerator: str = ACCELERATOR) -> dict:
         raise UserError(
             "ethos-u-vela is not installed; install it with: pip install -r firmware/requirements.txt"
         )
-    if accelerator not in accelerators():
-        known = ", ".join(accelerators())
-        raise UserError(f"Vela knows no accelerator {accelerator}; it knows {known}")
+    require_accelerator(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         row, report = run_vela(tflite, accelerator, Path(folder))
     operators = {place: int(count) for place, count in OPERATORS.findall(report)}

@@ -1,0 +1,15 @@
+"""Published figures of others, shown beside ours and never on our front. Imports no torch."""
+
+# MLPerf Tiny's CIFAR-10 model, int8 .tflite as published (benchmark v1.x), on the 10,000 test images.
+# NPU: the same file through the same Vela (5.2.0, default configuration of the Ethos-U55-128).
+# Energy: measured on an STM32L4R5, X-CUBE-AI 10.2 with external SMPS, results of round v1.3.
+RESNET8 = {
+    "name": "MLPerf Tiny ResNet-8 INT8",
+    "accuracy_percent": 86.97,
+    "macs": 12.5e6,
+    "tflite_bytes": 98_496,
+    "u55_128_cycles_modelled": 201_747,
+    "u55_128_sram_bytes_modelled": round(50.6 * 1024),
+    "u55_128_flash_bytes_modelled": round(77.4 * 1024),
+    "stm32l4r5_energy_measured_uj": 5496,
+}

@@ -1,0 +1,186 @@
+"""Step 7: what every variant costs on hardware: an interpreter, an NPU, a Cortex-M; none of it silicon.
+
+Reads   checkpoints/*.pt, results/edge/<variant>.tflite and .json (export_edge.py), data/ (20 images)
+Writes  results/hardware.json, and its figures as columns of results/metrics.json and table.md
+
+    python simulate_hardware.py                 # after evaluate.py and export_edge.py
+    python simulate_hardware.py --break-even    # where sparsity starts to pay: results/break_even.json
+    python simulate_hardware.py --smoke         # seconds; reads checkpoints/smoke/
+
+Measured: instructions, flash and RAM of the linked program in QEMU, and the interpreter's arena.
+Modelled: the NPU (by Arm's Vela), cycles and energy (keys with _modelled). What a missing tool would
+have given is null, "not measured". INT8 variants and the FP32 baseline of the lowest seed are taken;
+a pruned FP32 network would run the baseline's dense kernels.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from edgecnn.c_source import c_source, compile_host, network_inputs, run_host
+from edgecnn.checkpoint import load_checkpoint, sha256
+from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
+from edgecnn.cortex_m import M4, NotInstalled, cortex_m_row, measure
+from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
+from edgecnn.files import (
+    UserError,
+    read_json,
+    require_writable,
+    results_dir,
+    user_errors_exit_2,
+    write_json,
+)
+from edgecnn.int8 import with_zeros
+from edgecnn.tflite import write_tflite
+from evaluate import find_checkpoints, load_images, write_tables
+
+IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
+ZEROS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the break-even picture
+TOLERANCE = 1e-3  # of FP32 logits: the compilers may order additions differently
+FROM_EXPORT = {
+    "tflite_bytes": "tflite_bytes",
+    "tflite_micro_arena_bytes": "tflite_micro_arena_bytes",
+    "accuracy_percent": "tflite_micro_accuracy_percent",
+    "parity_images": "tflite_micro_images",
+}
+
+
+# ---- one variant -------------------------------------------------------------------------------
+
+
+def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
+    """(the .tflite file, its figures) that export_edge.py left of this very checkpoint.
+
+    Without them None and nulls: not measured.
+    """
+    path, json_path = folder / f"{name}.tflite", folder / f"{name}.json"
+    if path.exists() and json_path.exists():
+        result = read_json(json_path, "python export_edge.py")
+        if result["checkpoint_sha256"] == digest and result["tflite_sha256"] == sha256(path):
+            return path.read_bytes(), {ours: result[key] for key, ours in FROM_EXPORT.items()}
+    print(f"{name}: no current {path.name}; make it with: python export_edge.py")
+    return None, dict.fromkeys(FROM_EXPORT.values())
+
+
+def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
+    """cortex_m_row, its outputs checked on all images against the same C on this machine.
+
+    Empty where the compiler or QEMU is missing. Raises UserError where the outputs differ.
+    """
+    inputs, precision = network_inputs(checkpoint, images), checkpoint["precision"]
+    try:
+        row = cortex_m_row(checkpoint, inputs)
+    except NotInstalled as error:
+        print(f"Cortex-M: not measured: {error}")
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_host(c_source(checkpoint), precision, Path(folder) / "network.so")
+        expected = run_host(library, inputs).double()
+    difference = (torch.tensor(row.pop("m4_logits"), dtype=torch.float64) - expected).abs().max()
+    if difference > (0 if precision == "int8" else TOLERANCE):
+        raise UserError(
+            f"the emulated Cortex-M4 differs from this machine by up to {difference:g} in a logit; "
+            "no figure of it can be trusted, check the compilers"
+        )
+    return row | {"m4_checked_images": len(inputs)}
+
+
+def hardware_row(path: Path, images: torch.Tensor, folder: Path, accelerator: str) -> dict:
+    """One row of hardware.json. Raises UserError where a tool fails."""
+    checkpoint, digest = load_checkpoint(path), sha256(path)
+    row = {"variant": path.stem, "checkpoint_sha256": digest}
+    if checkpoint["precision"] == "int8":
+        tflite, figures = exported(folder, path.stem, digest)
+        row |= figures
+        if tflite and vela_installed():
+            row |= npu_cost(tflite, accelerator)
+    return row | cortex_m(checkpoint, images)
+
+
+# ---- where sparsity starts to pay --------------------------------------------------------------
+
+
+def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, accelerator: str) -> dict:
+    """Costs of a network with the same share of zeros in every layer: for costs, not accuracy."""
+    sparse = with_zeros(checkpoint, share)
+    inputs = network_inputs(sparse, images[:1])
+    row = {"zeros_percent": 100 * share}
+    for storage in ("dense", "sparse"):
+        found = measure(c_source(sparse, storage), "int8", M4, inputs)
+        row[f"m4_{storage}_instructions"] = sum(found["instructions"])
+        row[f"m4_{storage}_flash_bytes"] = found["flash_bytes"]
+    return row | npu_cost(write_tflite(sparse, "break_even"), accelerator)
+
+
+def break_even(path: Path, images: torch.Tensor, accelerator: str) -> list[dict]:
+    """The rows of break_even.json. Raises UserError where a tool is missing."""
+    checkpoint = load_checkpoint(path, "int8")
+    try:
+        return [break_even_row(checkpoint, share, images, accelerator) for share in ZEROS]
+    except NotInstalled as error:
+        raise UserError(str(error)) from None
+
+
+# ---- the step ----------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--accelerator",
+        default=ACCELERATOR,
+        metavar="NAME",
+        help="Ethos-U configuration that Vela models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images",
+        type=positive_int,
+        default=IMAGES,
+        help="images whose outputs are compared between the processors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--break-even",
+        action="store_true",
+        help="instead, dense against sparse kernels at rising shares of zeros",
+    )
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def variants(run: str) -> list[Path]:
+    """The lowest seed's INT8 checkpoints and its FP32 baseline."""
+    found = [(path, load_checkpoint(path)) for path in find_checkpoints(run)]
+    first = min(checkpoint["provenance"]["seed"] for _, checkpoint in found)
+    return [
+        path
+        for path, checkpoint in found
+        if checkpoint["provenance"]["seed"] == first
+        and (checkpoint["precision"] == "int8" or checkpoint["provenance"]["method"] == "baseline")
+    ]
+
+
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    folder = results_dir(run_name(args))
+    require_writable(folder)
+    require_accelerator(args.accelerator)
+    paths = variants(run_name(args))
+    images = load_images(args)[0][0][: args.images]
+    if args.break_even:
+        baseline = next((path for path in paths if path.stem == "baseline_int8"), paths[0])
+        write_json(folder / "break_even.json", break_even(baseline, images, args.accelerator))
+        print(f"wrote {folder / 'break_even.json'}")
+        return
+    metrics = read_json(folder / "metrics.json", "python evaluate.py")
+    rows = []
+    for path in paths:
+        rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
+        print(f"{path.stem}: {rows[-1].get('m4_instructions', 0) / 1e6:.2f} M instructions")
+    write_json(folder / "hardware.json", rows)
+    print(f"\n{write_tables(folder, metrics)}")
+
+
+if __name__ == "__main__":
+    main()
