@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecnn.c_source import c_source, host_parity
+from edgecnn.c_source import c_source, host_parity, stored_layers
 from edgecnn.checkpoint import load_checkpoint, provenance, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import Split
@@ -125,7 +125,7 @@ def c_artifact(name: str, checkpoint: dict, data: Split) -> tuple[str, dict]:
             f"{name}.c differs from exact integers by up to {exact['max_difference_lsb']} LSB; "
             "nothing was written for it: check the C compiler"
         )
-    return c_source(checkpoint), {
+    return c_source(stored_layers(checkpoint), "int8"), {
         f"c_vs_{reference}_{key}": value
         for reference, figures in parity.items()
         for key, value in figures.items()
@@ -155,7 +155,7 @@ def parse_arguments():
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="INT8 checkpoint to export (default: every INT8 checkpoint of the run)",
+        help="INT8 checkpoint to export (default: all of the run's lowest seed)",
     )
     parser.add_argument(
         "--images",
@@ -175,7 +175,8 @@ def int8_checkpoints(args, run: str) -> dict[Path, dict]:
     found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
     if not found:
         raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
-    return found
+    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
+    return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
 
 
 @user_errors_exit_2

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from edgecnn.c_source import c_source, compile_host, network_inputs, run_host
+from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, stored_layers
 from edgecnn.checkpoint import load_checkpoint, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
-from edgecnn.cortex_m import M4, NotInstalled, cortex_m_row, measure
+from edgecnn.cortex_m import NotInstalled, cortex_m_row
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.files import (
     UserError,
@@ -75,7 +75,8 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
         print(f"Cortex-M: not measured: {error}")
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        library = compile_host(c_source(checkpoint), precision, Path(folder) / "network.so")
+        source = c_source(stored_layers(checkpoint), precision)
+        library = compile_host(source, precision, Path(folder) / "network.so")
         expected = run_host(library, inputs).double()
     difference = (torch.tensor(row.pop("m4_logits"), dtype=torch.float64) - expected).abs().max()
     if difference > (0 if precision == "int8" else TOLERANCE):
@@ -107,9 +108,9 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
     inputs = network_inputs(sparse, images[:1])
     row = {"zeros_percent": 100 * share}
     for storage in ("dense", "sparse"):
-        found = measure(c_source(sparse, storage), "int8", M4, inputs)
-        row[f"m4_{storage}_instructions"] = sum(found["instructions"])
-        row[f"m4_{storage}_flash_bytes"] = found["flash_bytes"]
+        found = cortex_m_row(sparse, inputs, storage)
+        for key in ("instructions", "flash_bytes", "cycles_modelled"):
+            row[f"m4_{storage}_{key}"] = found[f"m4_{key}"]
     return row | npu_cost(write_tflite(sparse, "break_even"), accelerator)
 
 

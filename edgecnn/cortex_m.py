@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,23 +99,42 @@ def require_tools() -> None:
 # ---- building and running ----------------------------------------------------------------------
 
 
-def build(source: str, precision: str, board: Board, folder: Path) -> Path:
-    """Cross-compile a generated weights file; returns the ELF file.
+def compile_objects(source: str, precision: str, board: Board, folder: Path) -> list[Path]:
+    """Cross-compile a generated weights file, the kernels and the start-up code; the object files.
 
-    Raises DoesNotFit when the board's memories are too small, UserError when the compiler fails.
+    Raises UserError when the compiler fails.
     """
-    weights, program = folder / "weights.c", folder / f"{board.machine}.elf"
+    weights = folder / "weights.c"
     weights.write_text(source)
     command = [COMPILER, *WARNINGS, *board.flags, *OPTIMIZE, *kernel_flags(precision)]
-    command += [*LINK, f"-I{FIRMWARE}", f"-L{FIRMWARE}", "-T", str(FIRMWARE / board.linker_script)]
-    command += [str(weights), *map(str, kernel_files(precision)), str(FIRMWARE / "startup.c")]
+    objects = []
+    for file in (weights, *kernel_files(precision), FIRMWARE / "startup.c"):
+        objects.append(folder / f"{file.stem}.o")
+        run_compiler([*command, f"-I{FIRMWARE}", "-c", str(file), "-o", str(objects[-1])], INSTALL)
+    return objects
+
+
+def link(objects: list[Path], board: Board) -> Path:
+    """The ELF file of a board, beside its objects. Raises DoesNotFit, or UserError as above."""
+    program = objects[0].with_name(f"{board.machine}.elf")
+    command = [COMPILER, *board.flags, *LINK, f"-L{FIRMWARE}", "-T"]
+    command += [str(FIRMWARE / board.linker_script), *map(str, objects), "-lgcc"]
     try:
-        run_compiler([*command, "-lgcc", "-o", str(program)], INSTALL)
+        run_compiler([*command, "-o", str(program)], INSTALL)
     except UserError as error:
         if "will not fit in region" in str(error):
             raise DoesNotFit(f"the program does not fit {board.machine}") from None
         raise
     return program
+
+
+def fits(objects: list[Path], board: Board) -> bool:
+    """Whether the program links for a board's memories."""
+    try:
+        link(objects, board)
+    except DoesNotFit:
+        return False
+    return True
 
 
 def section_bytes(program: Path) -> dict[str, int]:
@@ -186,30 +205,33 @@ def read_trace(lines) -> list[Layer]:
     to the next kernel, the last one with the return to `run`.
     """
     blocks, layers, block = {}, [], []
+    seen: dict[str, tuple[int, str]] = {}  # the same block's line is the same text: read it once
     previous, was_infer, kernels = None, False, 0
     for line in lines:
         if line.startswith("0x"):
             address, words = int(line[:10], 16), line[23:].split(None, 1)
             block.append((address, words[0], words[1].strip() if len(words) > 1 else ""))
         elif line.startswith("Trace"):
-            _, pc, rest = line.split("/", 2)
-            pc, symbol = int(pc, 16), rest.rpartition(" ")[2].strip()
+            if line not in seen:
+                _, pc, rest = line.split("/", 2)
+                seen[line] = int(pc, 16), rest.rpartition(" ")[2].strip()
             if block:
                 blocks[block[0][0]], block = block, []
+            pc, symbol = seen[line]
             is_infer = symbol == "infer"
             if previous is None and not is_infer:
                 continue
             if previous is None:
-                layers.append(Counter())
+                layers.append(defaultdict(int))
             else:
                 layers[-1][previous, pc] += 1
                 if symbol == "run":
                     break
                 kernels += was_infer and not is_infer
                 if kernels > len(layers):
-                    layers.append(Counter())
+                    layers.append(defaultdict(int))
             previous, was_infer = pc, is_infer
-    return [[(blocks[at], next_, times) for (at, next_), times in c.items()] for c in layers]
+    return [[(blocks[at], after, times) for (at, after), times in x.items()] for x in layers]
 
 
 def trace(board: Board, program: Path, images: torch.Tensor) -> list[Layer]:
@@ -237,9 +259,8 @@ def is_branch(mnemonic: str, operands: str) -> bool:
     name = mnemonic.removesuffix(".w")
     if name in BRANCHES or re.fullmatch(f"(b|bl|bx|blx)({CONDITIONS})?", name):
         return True
-    return (
-        name.startswith(("pop", "ldm", "ldr")) and re.search(r"\bpc\b[^\]]*$", operands) is not None
-    )
+    loaded = operands.partition(",")[0] if name.startswith("ldr") else operands.partition("{")[2]
+    return name.startswith(("pop", "ldm", "ldr")) and "pc" in loaded
 
 
 # ---- classes and cycles ------------------------------------------------------------------------
@@ -334,70 +355,58 @@ def layer_cycles(layer: Layer, assumption: Assumption) -> int:
 # ---- one variant -------------------------------------------------------------------------------
 
 
-def fits(source: str, precision: str, board: Board) -> bool:
-    """Whether the program links for a board's memories."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            build(source, precision, board, Path(folder))
-        except DoesNotFit:
-            return False
-    return True
+def count_layers(board: Board, program: Path, images: torch.Tensor) -> tuple[dict, list[Layer]]:
+    """(run's result, trace's layers), which must agree on the instructions of the first inference.
 
-
-def measure(source: str, precision: str, board: Board, images: torch.Tensor) -> dict:
-    """{instructions (a layer), flash_bytes, ram_bytes, logits, layers} of a program on one board.
-
-    Raises NotInstalled, DoesNotFit, or UserError: a compiler or QEMU that fails or hangs.
+    Raises UserError when they do not: then this QEMU's log or its clock cannot be relied on.
     """
-    require_tools()
-    with tempfile.TemporaryDirectory() as folder:
-        program = build(source, precision, board, Path(folder))
-        sizes = section_bytes(program)
-        ran = run(board, program, images)
-        layers = trace(board, program, images)
-    instructions = [sum(times * len(block) for block, _, times in layer) for layer in layers]
+    ran, layers = run(board, program, images), trace(board, program, images)
+    logged = sum(times * len(block) for layer in layers for block, _, times in layer)
+    clocked = INSTRUCTIONS_A_TICK * ran["ticks"]
     # SysTick counts whole ticks, and a few instructions around the call.
-    if abs(sum(instructions) - INSTRUCTIONS_A_TICK * ran["ticks"]) > 2 * INSTRUCTIONS_A_TICK:
+    if abs(logged - clocked) > 2 * INSTRUCTIONS_A_TICK:
         raise UserError(
-            f"{EMULATOR}'s log has {sum(instructions):,} instructions, its clock "
-            f"{INSTRUCTIONS_A_TICK * ran['ticks']:,}: this version of QEMU cannot be counted on"
+            f"{EMULATOR}'s log has {logged:,} instructions and its clock {clocked:,}; "
+            "use a QEMU whose two counts agree, such as 7.2"
         )
-    return {
-        "instructions": instructions,
-        "flash_bytes": sizes[".text"] + sizes.get(".data", 0),
-        "ram_bytes": sizes.get(".data", 0) + sizes[".bss"] + ran["stack_bytes"],
-        "logits": ran["logits"],
-        "layers": layers,
-    }
+    return ran, layers
 
 
 def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
     """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
 
     images: (N, 3, 32, 32) network inputs, int8 or float32; the first one's inference is counted. The
-    logits of all are in `m4_logits`, for the host's to be compared with. Raises NotInstalled where a
-    tool is missing, UserError where one fails or hangs.
+    logits of all are in `m4_logits`, for the host's to be compared with; the M7's count is to within
+    a tick of 40. Raises NotInstalled where a tool is missing, UserError where one fails or hangs.
     """
-    source, precision = c_source(checkpoint, storage), checkpoint["precision"]
-    stored = stored_layers(checkpoint, storage)
-    m4 = measure(source, precision, M4, images)
-    m7 = measure(source, precision, M7, images[:1])
+    require_tools()
+    precision, stored = checkpoint["precision"], stored_layers(checkpoint, storage)
+    source = c_source(stored, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = compile_objects(source, precision, M4, Path(folder))
+        program = link(objects, M4)
+        sizes = section_bytes(program)
+        ran, layers = count_layers(M4, program, images)
+        on_stm32f405 = fits(objects, STM32F405)
+        m7 = link(compile_objects(source, precision, M7, Path(folder)), M7)
+        m7_ticks = run(M7, m7, images[:1])["ticks"]
+    counts = [sum(times * len(block) for block, _, times in layer) for layer in layers]
     names = [layer["name"] for layer in stored]
     row = {
-        "m4_instructions": sum(m4["instructions"]),
-        "m4_instructions_per_layer": dict(zip(names, m4["instructions"], strict=True)),
-        "m4_instructions_by_class": dict(sum(map(instruction_classes, m4["layers"]), Counter())),
+        "m4_instructions": sum(counts),
+        "m4_instructions_per_layer": dict(zip(names, counts, strict=True)),
+        "m4_instructions_by_class": dict(sum(map(instruction_classes, layers), Counter())),
         "m4_kernels": {layer["name"]: layer["kernel"] for layer in stored},
-        "m4_flash_bytes": m4["flash_bytes"],
-        "m4_ram_bytes": m4["ram_bytes"],
-        "m7_instructions": sum(m7["instructions"]),
-        "stm32f405_fits": fits(source, precision, STM32F405),
+        "m4_flash_bytes": sizes[".text"] + sizes[".data"],
+        "m4_ram_bytes": sizes[".data"] + sizes[".bss"] + ran["stack_bytes"],
+        "m7_instructions": INSTRUCTIONS_A_TICK * m7_ticks,
+        "stm32f405_fits": on_stm32f405,
     }
     lines = sum(-(-weight_bytes_read(layer) // FLASH_LINE_BYTES) for layer in stored)
     for suffix, assumption in ASSUMPTIONS.items():
-        cycles = sum(layer_cycles(layer, assumption) for layer in m4["layers"])
+        cycles = sum(layer_cycles(layer, assumption) for layer in layers)
         cycles += lines * assumption.weight_wait
         picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
         row[f"m4_cycles_modelled{suffix}"] = cycles
         row[f"stm32l4r5_energy_modelled{suffix}_uj"] = cycles * picojoules / 1e6
-    return row | {"m4_logits": m4["logits"].tolist()}
+    return row | {"m4_logits": ran["logits"].tolist()}
