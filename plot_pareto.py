@@ -4,11 +4,12 @@
     python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
     python plot_pareto.py --budget flash_kb=512 accuracy=85   # shades what a budget allows
     python plot_pareto.py --layers pruned_50_int8             # where one variant's costs sit
+    python plot_pareto.py --break-even                        # where sparsity starts to pay
 
 Reads   results/metrics.json, a list of flat rows, one a variant (of several seeds the lowest),
-        or results/layers.json with --layers.
+        or results/layers.json with --layers, results/break_even.json with --break-even.
 Writes  results/optimization_results.png and results/optimization_results.svg
-        (optimization_results_budget.* with --budget, layers_<variant>.* with --layers).
+        (optimization_results_budget.* with --budget, layers_<variant>.*, break_even.*).
 
 A point is on the front of a panel when no other variant is at least as accurate for at most the
 same cost and better in one of the two. Reference points from elsewhere never enter the front.
@@ -34,6 +35,7 @@ from edgecnn.files import (
     NAME_PATTERN,
     UserError,
     atomic_path,
+    in_range,
     is_headline,
     lowest_seed_rows,
     read_json,
@@ -83,6 +85,33 @@ LAYER_PANELS = [
             ("energy_arithmetic_uj", "arithmetic", "#D55E00"),
             ("energy_weights_dram_uj", "weights", "#0072B2"),
             ("energy_activations_uj", "activations", "#009E73"),
+        ],
+    ),
+]
+# Panels of --break-even: the axis label, what an axis unit is, and key, name, marker, colour of a line.
+BREAK_EVEN_PANELS = [
+    (
+        "Cortex-M4 instructions (millions), counted",
+        1e6,
+        [
+            ("m4_dense_instructions", "dense kernels", "s", "#0072B2"),
+            ("m4_sparse_instructions", "sparse kernels", "o", "#D55E00"),
+        ],
+    ),
+    (
+        "Cortex-M4 flash (kB), linked",
+        1e3,
+        [
+            ("m4_dense_flash_bytes", "dense kernels", "s", "#0072B2"),
+            ("m4_sparse_flash_bytes", "sparse kernels", "o", "#D55E00"),
+        ],
+    ),
+    (
+        "Ethos-U55-128 (modelled by Vela)",
+        1e3,
+        [
+            ("u55_128_cycles_modelled", "thousand cycles", "^", "#009E73"),
+            ("u55_128_flash_bytes_modelled", "flash, kB", "v", "#CC79A7"),
         ],
     ),
 ]
@@ -538,6 +567,62 @@ def layers_of(path: Path, variant: str) -> list[dict]:
     return chosen
 
 
+# ---------------------------------------------------------------------------------------------
+# Where sparsity starts to pay
+def crossing(x, first, second) -> float | None:
+    """Where the second line falls below the first for good, linearly between points; None if never."""
+    above = np.asarray(second, float) - np.asarray(first, float)
+    if above[-1] >= 0 or (above < 0).all():
+        return None
+    last = np.flatnonzero(above >= 0)[-1]
+    return float(np.interp(0, [above[last + 1], above[last]], [x[last + 1], x[last]]))
+
+
+def draw_break_even(rows: list[dict]) -> Figure:
+    """Costs against the share of zeros, the same in every layer; dense against sparse kernels."""
+    figure = Figure(figsize=(12, 4.4), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    zeros = [row["zeros_percent"] for row in rows]
+    for panel, (label, unit, lines) in zip(
+        figure.subplots(1, len(BREAK_EVEN_PANELS)), BREAK_EVEN_PANELS, strict=True
+    ):
+        curves = [[row[key] / unit for row in rows] for key, *_ in lines]
+        for curve, (_, name, marker, color) in zip(curves, lines, strict=True):
+            panel.plot(zeros, curve, marker=marker, color=color, label=name)
+        even = crossing(zeros, *curves) if "dense kernels" in [line[1] for line in lines] else None
+        if even is not None:
+            panel.axvline(even, color=GREY, ls=":")
+            note = f"sparse pays\nfrom {even:.0f} % zeros"
+            panel.annotate(
+                note,
+                (even, panel.get_ylim()[1]),
+                (-4, -6),
+                ha="right",
+                va="top",
+                textcoords="offset points",
+                fontsize=LABEL_FONT,
+            )
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("zeros in every layer (%)")
+        panel.set_ylabel(label)
+        panel.grid(color="#DDDDDD", lw=0.6)
+        panel.legend(frameon=False, loc="lower left")
+    figure.suptitle("Where unstructured sparsity starts to pay, target by target")
+    return figure
+
+
+def break_even_rows(path: Path) -> list[dict]:
+    """The rows of break_even.json, every key of the picture checked; raises UserError."""
+    made_by = "python simulate_hardware.py --break-even"
+    rows = read_json(path, made_by)
+    keys = ["zeros_percent", *(key for *_, lines in BREAK_EVEN_PANELS for key, *_ in lines)]
+    for row in rows:
+        missing = [key for key in keys if not in_range(row.get(key), 0, COST_RANGE[1])]
+        if missing:
+            raise UserError(f"{path} has no number under {missing[0]}; make it with: {made_by}")
+    return rows
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write <name>.png and <name>.svg, both or neither, and print their paths."""
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
@@ -578,11 +663,15 @@ def main() -> None:
     what.add_argument(
         "--layers", metavar="VARIANT", help="draw where this variant's weights, MACs and energy sit"
     )
+    what.add_argument("--break-even", action="store_true", help="draw dense against sparse kernels")
     args = parser.parse_args()
     limits = parse_budget(args.budget or [])
     metrics = args.metrics or results_dir(args.run) / "metrics.json"
     name = "optimization_results_budget" if limits else "optimization_results"
-    if args.layers:
+    if args.break_even:
+        name = "break_even"
+        figure = draw_break_even(break_even_rows(metrics.with_name("break_even.json")))
+    elif args.layers:
         name = f"layers_{args.layers}"
         figure = draw_layers(args.layers, layers_of(metrics.with_name("layers.json"), args.layers))
     else:

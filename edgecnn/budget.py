@@ -34,8 +34,8 @@ LIMITS = {
         (
             Figure("m4_flash_bytes", "measured: the linked Cortex-M4 image"),
             Figure(
-                "raw_sparse_bytes",
-                "modelled: the stored tensors uncoded, zeros as a bitmap; no program code",
+                "weight_stored_bytes",
+                "modelled: weights and biases uncoded, with an index of the non-zeros; no program code",
             ),
         ),
     ),

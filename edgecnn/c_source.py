@@ -23,9 +23,9 @@ from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, w
 FIRMWARE = REPOSITORY / "firmware"
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 COMPILE_TIMEOUT_S = 120
-STORAGES = ("dense", "sparse", "fastest")
+STORAGES = ("dense", "sparse", "balanced")
 # Share of zeros from which a sparse kernel took fewer Cortex-M4 instructions than this dense one.
-BREAK_EVEN = {"conv_direct": 0.45, "conv_winograd": 0.68, "linear_dense": 0.82}
+BREAK_EVEN = {"conv_direct": 0.45, "conv_winograd": 0.68}
 MEMORY_TYPES = {"int8": ("uint8_t", "int8_t"), "fp32": ("float", "float")}  # activations, ends
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 MAX_STEP = 255
@@ -235,15 +235,23 @@ def sparse_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
     return "linear_sparse", {"entries": entries, "starts": starts}
 
 
-def int8_storage(layer: dict, storage: str) -> tuple[str, dict[str, np.ndarray]]:
-    """(kernel, arrays by member of the layer's struct) of one int8 layer."""
+def dense_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
+    """(kernel, arrays) of every weight, zeros included."""
     weight, kernel = layer["weight"], dense_kernel(layer)
-    zeros = np.count_nonzero(weight == 0) / weight.size
-    if storage == "sparse" or (storage == "fastest" and zeros > BREAK_EVEN[kernel]):
-        return sparse_storage(layer)
     if weight.ndim == 2:
         return kernel, {"weights": linear_order(weight)}
     return kernel, {"weights": conv_order(weight, kernel == "conv_winograd")}
+
+
+def int8_storage(layer: dict, storage: str) -> tuple[str, dict[str, np.ndarray]]:
+    """(kernel, arrays by member of the layer's struct) of one int8 layer; see stored_layers."""
+    dense, sparse = dense_storage(layer), sparse_storage(layer)
+    if storage != "balanced":
+        return {"dense": dense, "sparse": sparse}[storage]
+    weight = layer["weight"]
+    if weight.ndim == 2:
+        return min(dense, sparse, key=lambda stored: sum(a.nbytes for a in stored[1].values()))
+    return sparse if np.mean(weight == 0) > BREAK_EVEN[dense[0]] else dense
 
 
 def fp32_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
@@ -257,12 +265,12 @@ def fp32_storage(layer: dict) -> tuple[str, dict[str, np.ndarray]]:
     return kernel, {"weights": interleaved, "bias": layer["bias"]}
 
 
-def stored_layers(checkpoint: dict, storage: str = "fastest") -> list[dict]:
+def stored_layers(checkpoint: dict, storage: str = "balanced") -> list[dict]:
     """The layers of a checkpoint, each with its `kernel` and `arrays`: what c_source writes.
 
-    storage (int8): `dense`, `sparse` (a layer's non-zeros alone), or `fastest`, which stores a layer
-    sparsely where it has enough zeros for that to save instructions. Raises UserError when the
-    tensors do not fit the network.
+    storage (int8): `dense`, `sparse` (a layer's non-zeros alone), or `balanced`: of convolutions, where
+    the instructions are, the faster of the two, of Linear layers, where the bytes are, the smaller.
+    Raises UserError when the tensors do not fit the network.
     """
     if checkpoint["precision"] == "fp32":
         layers = fp32_layers(checkpoint)
@@ -459,7 +467,7 @@ def quantized_logits(graph: torch.nn.Sequential, images: torch.Tensor) -> torch.
 
 
 def host_parity(
-    checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str = "fastest"
+    checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str = "balanced"
 ) -> dict:
     """The generated C, compiled here, against torch and against exact integers.
 

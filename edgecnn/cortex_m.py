@@ -372,7 +372,7 @@ def count_layers(board: Board, program: Path, images: torch.Tensor) -> tuple[dic
     return ran, layers
 
 
-def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
+def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balanced") -> dict:
     """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
 
     images: (N, 3, 32, 32) network inputs, int8 or float32; the first one's inference is counted. The

@@ -20,7 +20,7 @@ def row(variant, accuracy, flash_kb, ram_kb=40, energy_uj=10, macs_m=5, **more):
         "seed": 0,
         "accuracy_percent": accuracy,
         "size_bytes": int(flash_kb * 700),
-        "raw_sparse_bytes": flash_kb * 1024,
+        "weight_stored_bytes": flash_kb * 1024,
         "activations_peak_bytes": ram_kb * 1024,
         "energy_sram_uj": energy_uj,
         "energy_stm32l4r5_extrapolated_uj": 700 * energy_uj,
@@ -103,7 +103,7 @@ def test_bad_budgets_name_the_problem_in_one_line(words, problem):
 def test_limits_are_inclusive_and_kilobytes_binary():
     exact = row("exact", 85.0, 128)
     assert distance(exact, {"flash_kb": 128}) == 0 and ranked([exact], {"flash_kb": 128})
-    assert not ranked([exact | {"raw_sparse_bytes": 128 * 1024 + 1}], {"flash_kb": 128})
+    assert not ranked([exact | {"weight_stored_bytes": 128 * 1024 + 1}], {"flash_kb": 128})
     assert ranked([exact], {"accuracy": 85.0}) and not ranked([exact], {"accuracy": 85.01})
     assert excess(exact, "flash_kb", 100) == pytest.approx(0.28)
     assert excess(exact, "accuracy", 100) == pytest.approx(0.15)
@@ -118,7 +118,7 @@ def test_ties_go_to_the_smaller_file():
 
 def test_choice_against_brute_force():
     generator = random.Random(0)
-    needs = {"flash_kb": "raw_sparse_bytes", "ram_kb": "activations_peak_bytes"}
+    needs = {"flash_kb": "weight_stored_bytes", "ram_kb": "activations_peak_bytes"}
     needs |= {"energy_uj": "energy_sram_uj", "macs_m": "macs_nonzero"}
     scales = {"flash_kb": 1024, "ram_kb": 1024, "energy_uj": 1, "macs_m": 1e6}
     outcomes = set()
@@ -190,7 +190,7 @@ def test_only_the_lowest_seed_competes_and_the_answer_says_so():
 def test_measured_figures_come_first_and_the_answer_says_which():
     rows = [dict(r) for r in ROWS]
     text = answer(rows, {"flash_kb": 200, "ram_kb": 64})[1]
-    assert "raw_sparse_bytes (modelled" in text and "activations_peak_bytes (modelled" in text
+    assert "weight_stored_bytes (modelled" in text and "activations_peak_bytes (modelled" in text
     assert "measured" not in text
     rows[3]["m4_flash_bytes"] = 201 * 1024
     fits, text = answer(rows, {"flash_kb": 200})
@@ -280,4 +280,4 @@ def test_answers_without_torch_or_numpy(tmp_path):
 
 def test_committed_run_answers(tmp_path):
     text = run(REPOSITORY, "--run", "reference", "--budget", "flash_kb=400").stdout
-    assert "Best: " in text and "int8" in text and "raw_sparse_bytes" in text
+    assert "Best: " in text and "int8" in text and "weight_stored_bytes" in text

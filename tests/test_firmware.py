@@ -243,11 +243,11 @@ def test_fp32_c_agrees_with_torch(smoke, sample, tmp_path):
         )
 
 
-def test_sparse_storage_is_smaller_and_fastest_keeps_dense_where_zeros_are_few(pruned):
+def test_sparse_storage_is_smaller_and_balanced_keeps_dense_where_zeros_are_few(pruned):
     def kernels(storage):
         return {layer["name"]: layer["kernel"] for layer in c_source.stored_layers(pruned, storage)}
 
-    assert kernels("dense")["block2"] == kernels("fastest")["block2"] == "conv_winograd"
+    assert kernels("dense")["block2"] == kernels("balanced")["block2"] == "conv_winograd"
     assert kernels("sparse")["block2"] == "conv_sparse"
     assert kernels("sparse")["fc1"] == "linear_bitmap"  # half zeros: a bit a weight beats a byte
 

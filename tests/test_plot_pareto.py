@@ -294,7 +294,7 @@ def with_figures(rows):
     return [
         r
         | {
-            "raw_sparse_bytes": int(1.1 * r["size_bytes"]),
+            "weight_stored_bytes": int(1.1 * r["size_bytes"]),
             "activations_peak_bytes": 160_000 if "fp32" in r["variant"] else 40_000,
             "energy_sram_uj": 2 * r["relative_energy"],
         }
@@ -315,14 +315,14 @@ def test_budget_shades_up_to_the_limit_and_rings_what_meets_all():
     fitting = [
         r
         for r in rows
-        if r["raw_sparse_bytes"] <= 300 * 1024
+        if r["weight_stored_bytes"] <= 300 * 1024
         and "int8" in r["variant"]
         and r["macs_nonzero"] <= 4e6
         and r["accuracy_percent"] >= 85
     ]
     assert 1 < len(fitting) < len(rows)
     flash, _, energy = figure.axes
-    scales = (("raw_sparse_bytes", 1024), ("macs_nonzero", 1e6), ("relative_energy", 1))
+    scales = (("weight_stored_bytes", 1024), ("macs_nonzero", 1e6), ("relative_energy", 1))
     for panel, (key, unit) in zip(figure.axes, scales, strict=True):
         points = [(r[key] / unit, r["accuracy_percent"]) for r in fitting]
         assert np.allclose(rings(panel), sorted(points))
@@ -381,7 +381,7 @@ def test_budget_gets_a_picture_of_its_own_and_user_errors(tmp_path):
     ]
     write_metrics(tmp_path, FOUR)
     for words, problem in (
-        (["flash_kb=512"], "raw_sparse_bytes"),
+        (["flash_kb=512"], "weight_stored_bytes"),
         (["flash_kb=x"], "not a number"),
     ):
         before = content_of(folder)
