@@ -1,8 +1,9 @@
 """C for a microcontroller: a checkpoint's weights as one file for the kernels in firmware/.
 
 INT8 weights are stored densely, or as the non-zeros alone: two bytes each, the step from the last one
-and the value. All integers are the checkpoint's own; a requantized value is rint((accumulator +
-bias / (input scale * weight scale)) * multiplier) in single precision, as torch's fbgemm computes it.
+and the value, or for a Linear layer a bitmap where that is smaller. All integers are the
+checkpoint's own; a requantized value is rint((accumulator + bias / (input scale * weight scale)) *
+multiplier) in single precision, as torch's fbgemm computes it.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 COMPILE_TIMEOUT_S = 120
 STORAGES = ("dense", "sparse", "balanced")
 # Share of zeros from which a sparse kernel took fewer Cortex-M4 instructions than this dense one.
-BREAK_EVEN = {"conv_direct": 0.45, "conv_winograd": 0.68}
+BREAK_EVEN = {"conv_direct": 0.40, "conv_winograd": 0.66}
 MEMORY_TYPES = {"int8": ("uint8_t", "int8_t"), "fp32": ("float", "float")}  # activations, ends
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 MAX_STEP = 255

@@ -35,15 +35,17 @@ LINK = "-nostdlib -Wl,--gc-sections -Wl,--no-warn-rwx-segments".split()
 QEMU_TIMEOUT_S = 60
 INSTRUCTIONS_A_TICK = 40  # SysTick at the boards' 25 MHz; an instruction is 1 ns of virtual time
 
-
+# What sets the program counter, as QEMU's disassembler spells it.
 CONDITIONS = "eq|ne|hs|lo|cs|cc|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|al"
 BRANCHES = ("cbz", "cbnz", "tbb", "tbh")
 
 # STM32L4R5 at 120 MHz: flash wait states (RM0432, table of wait states for range 1 boost mode) and the
 # bytes that one flash access fetches in its dual-bank mode.
 FLASH_WAIT_CYCLES, FLASH_LINE_BYTES = 5, 8
-# Energy a clock cycle implied by the published MLPerf Tiny runs of the int8 ResNet-8 on this chip:
-# X-CUBE-AI 10.2, v1.3 (5,496 uJ at 6.04 inferences/s) and X-CUBE-AI 9.0 .. TFLM, up to 433.
+# Energy a clock cycle, as the published MLPerf Tiny runs of the int8 ResNet-8 on this chip imply it:
+# energy * rate / 120 MHz, of the most efficient run (v1.3, X-CUBE-AI 10.2: 5,496 uJ at 6.04/s) and
+# of the least
+# (v1.0, microTVM with CMSIS-NN: 20,236 uJ at 2.57/s).
 PICOJOULES_A_CYCLE, PICOJOULES_A_CYCLE_HIGH = 277, 433
 
 
@@ -157,6 +159,7 @@ def emulator(board: Board, program: Path) -> list[str]:
 
 
 def hung(board: Board) -> UserError:
+    """What to raise when the emulator passes its time limit."""
     return UserError(
         f"{EMULATOR} {board.machine} did not finish within {QEMU_TIMEOUT_S} s; "
         "try again on a quieter machine"

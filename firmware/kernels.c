@@ -361,21 +361,21 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, uint8_t *out, void *scr
                 const uint8_t *entry = layer->entries + layer->starts[o];
                 const pair_t *at = band + 8 * x;
                 int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-#define STEP(i) { \
+#define STEP { \
         pair_t top, bottom; \
-        at += entry[2 * (i)]; \
-        int32_t weight = (int8_t)entry[2 * (i) + 1]; \
+        at += *entry++; \
+        int32_t weight = (int8_t)*entry++; \
         LOAD_TWO(top, bottom, at, 0); \
         s0 = mac_low(top, weight, s0), s1 = mac_high(top, weight, s1); \
         s2 = mac_low(bottom, weight, s2), s3 = mac_high(bottom, weight, s3); \
         LOAD_TWO(top, bottom, at, 4); \
         s4 = mac_low(top, weight, s4), s5 = mac_high(top, weight, s5); \
         s6 = mac_low(bottom, weight, s6), s7 = mac_high(bottom, weight, s7); }
-                for (; end - entry >= 8; entry += 8) {
-                    STEP(0) STEP(1) STEP(2) STEP(3)
+                if ((end - entry) & 4) {
+                    STEP STEP
                 }
-                if (entry != end) {
-                    STEP(0) STEP(1)
+                while (entry != end) {
+                    STEP STEP STEP STEP
                 }
 #undef STEP
                 uint8_t *to = out + x * outputs + o;
@@ -451,12 +451,12 @@ void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out)
         const uint8_t *end = layer->entries + layer->starts[o + 1];
         const uint8_t *at = in;
         int32_t sum = 0;
-#define STEP(i) at += entry[2 * (i)], sum += *at * (int8_t)entry[2 * (i) + 1];
-        for (; end - entry >= 8; entry += 8) {
-            STEP(0) STEP(1) STEP(2) STEP(3)
+#define STEP at += *entry++, sum += *at * (int8_t)*entry++;
+        if ((end - entry) & 4) {
+            STEP STEP
         }
-        if (entry != end) {
-            STEP(0) STEP(1)
+        while (entry != end) {
+            STEP STEP STEP STEP
         }
 #undef STEP
         out[o] = requantize(scale, o, sum);
