@@ -1,6 +1,7 @@
 # make            environment, data, the five steps, the table and the picture (one seed)
 # make test       environment + tests          make lint       ruff
 # make sweep      after make: gradual pruning to 50, 70, 80, 90 and 95 % zeros, each quantized
+# make hardware   after make: .tflite and C of every variant, and what they cost on three targets
 # make criteria   which pruning criterion spares energy, on the validation split
 # make smoke      the whole chain on a small sample, in the folders named smoke/
 # make reference  three seeds with the controls: the files the README's figures come from
@@ -17,10 +18,12 @@ LIBRARY := $(wildcard edgecnn/*.py)
 INSTALLED := $(VENV)/.installed$(if $(CPU),-cpu)
 TESTS_INSTALLED := $(VENV)/.tests-installed
 
+EMULATED := gcc-arm-none-eabi qemu-system-arm
+
 # A step's JSON is written last, so it stands for the step; another file of it, lost, forces it again.
 need = $(if $(wildcard $(1)),,FORCE)
 
-.PHONY: all sweep criteria test lint smoke reference benchmark FORCE
+.PHONY: all sweep hardware criteria test lint smoke reference benchmark FORCE
 .DELETE_ON_ERROR:
 
 all: results/optimization_results.png
@@ -33,6 +36,8 @@ $(INSTALLED): requirements.txt firmware/requirements.txt
 	$(if $(CPU),$(PIP) $$(sed -n 's/^\(torch[a-z]*==[0-9.]*\).*/\1+cpu/p' requirements.txt))
 	$(PIP) -r requirements.txt
 	$(PIP) -r firmware/requirements.txt || echo "no device tools here: steps 6 and 7 will not run"
+	@{ command -v qemu-system-arm && command -v arm-none-eabi-gcc; } > /dev/null || \
+		echo "make hardware needs: sudo apt-get install $(EMULATED)"
 	@touch $@
 
 $(TESTS_INSTALLED): tests/requirements.txt $(INSTALLED)
@@ -90,6 +95,25 @@ results/optimization_results.png: results/metrics.json plot_pareto.py \
 		$(call need,results/optimization_results.svg)
 	$(PY) plot_pareto.py
 
+# ---- hardware: an interpreter, an NPU, a Cortex-M ------------------------------------------------
+
+DEVICE := export_edge.py simulate_hardware.py $(wildcard firmware/*) $(LIBRARY)
+
+hardware: results/hardware.json results/break_even.png
+	@cat results/table.md
+
+results/hardware.json: $(wildcard $(SWEPT)) results/baseline_int8.json results/pruned_50_int8.json \
+		$(DEVICE) | results/metrics.json
+	$(PY) export_edge.py
+	$(PY) simulate_hardware.py
+	$(PY) plot_pareto.py
+
+results/break_even.json: results/baseline_int8.json $(DEVICE)
+	$(PY) simulate_hardware.py --break-even
+
+results/break_even.png: results/break_even.json plot_pareto.py
+	$(PY) plot_pareto.py --break-even
+
 # ---- three seeds and the controls --------------------------------------------------------------
 
 # Stamps that git ignores, not the committed files, say what is done: a fresh clone trains anew.
@@ -131,8 +155,13 @@ STEPS := baseline pruned_50 control pruned_50_l1
 TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
 reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)) \
 		$(LEVELS:%=$(DONE)/int8-sweep-%)
+	$(PY) export_edge.py $(REFERENCE) --images 10000
+	$(PY) simulate_hardware.py $(REFERENCE)
+	$(PY) simulate_hardware.py $(REFERENCE) --break-even
 	$(PY) evaluate.py $(REFERENCE) --update-readme
 	$(PY) plot_pareto.py $(REFERENCE)
+	$(PY) plot_pareto.py $(REFERENCE) --break-even
+	$(PY) plot_pareto.py $(REFERENCE) --layers pruned_90_$(SWEEP_CRITERION)_int8
 
 # ---- which criterion: on the validation split, at equal effort -----------------------------------
 
@@ -170,6 +199,7 @@ smoke: $(INSTALLED)
 	$(PY) evaluate.py --smoke
 	$(PY) plot_pareto.py --smoke
 	$(PY) export_edge.py --smoke
+	$(PY) simulate_hardware.py --smoke
 
 test: $(TESTS_INSTALLED)
 	$(PY) -m pytest -q tests

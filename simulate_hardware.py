@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, stored_layers
-from edgecnn.checkpoint import load_checkpoint, sha256
+from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.cortex_m import NotInstalled, cortex_m_row
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
@@ -90,7 +90,7 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
 def hardware_row(path: Path, images: torch.Tensor, folder: Path, accelerator: str) -> dict:
     """One row of hardware.json. Raises UserError where a tool fails."""
     checkpoint, digest = load_checkpoint(path), sha256(path)
-    row = {"variant": path.stem, "checkpoint_sha256": digest}
+    row = {"variant": path.stem, "checkpoint_sha256": digest, "hardware_commit": COMMIT}
     if checkpoint["precision"] == "int8":
         tflite, figures = exported(folder, path.stem, digest)
         row |= figures
@@ -106,7 +106,7 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
     """Costs of a network with the same share of zeros in every layer: for costs, not accuracy."""
     sparse = with_zeros(checkpoint, share)
     inputs = network_inputs(sparse, images[:1])
-    row = {"zeros_percent": 100 * share}
+    row = {"zeros_percent": 100 * share, "hardware_commit": COMMIT}
     for storage in ("dense", "sparse"):
         found = cortex_m_row(sparse, inputs, storage)
         for key in ("instructions", "flash_bytes", "cycles_modelled"):
@@ -174,13 +174,14 @@ def main():
         write_json(folder / "break_even.json", break_even(baseline, images, args.accelerator))
         print(f"wrote {folder / 'break_even.json'}")
         return
-    metrics = read_json(folder / "metrics.json", "python evaluate.py")
     rows = []
     for path in paths:
         rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
         print(f"{path.stem}: {rows[-1].get('m4_instructions', 0) / 1e6:.2f} M instructions")
     write_json(folder / "hardware.json", rows)
-    print(f"\n{write_tables(folder, metrics)}")
+    metrics = folder / "metrics.json"
+    if metrics.exists():
+        print(f"\n{write_tables(folder, read_json(metrics, 'python evaluate.py'))}")
 
 
 if __name__ == "__main__":

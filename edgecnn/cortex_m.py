@@ -98,6 +98,16 @@ def require_tools() -> None:
         raise NotInstalled(f"{', '.join(missing)} not installed; {INSTALL}")
 
 
+def tool_versions() -> dict[str, str]:
+    """The first line that the compiler and the emulator say of themselves; raises NotInstalled."""
+    require_tools()
+    found = {"m4_compiler": COMPILER, "m4_emulator": EMULATOR}
+    for key, tool in found.items():
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
+        found[key] = done.stdout.splitlines()[0]
+    return found
+
+
 # ---- building and running ----------------------------------------------------------------------
 
 
@@ -412,4 +422,4 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balance
         picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
         row[f"m4_cycles_modelled{suffix}"] = cycles
         row[f"stm32l4r5_energy_modelled{suffix}_uj"] = cycles * picojoules / 1e6
-    return row | {"m4_logits": ran["logits"].tolist()}
+    return row | tool_versions() | {"m4_logits": ran["logits"].tolist()}
