@@ -54,6 +54,7 @@ README = REPOSITORY / "README.md"
 TEST_SET = "CIFAR-10 test set"
 # simulate_hardware.py's keys begin so; checkpoints never have them.
 HARDWARE_KEYS = (
+    "hardware_",
     "m4_",
     "m7_",
     "ethos_",
