@@ -35,13 +35,14 @@ from edgecnn.files import (
 )
 from evaluate import markdown_table
 
-# The yardstick: plain global L1 at 80 % zeros.
-YARDSTICK = "l1", 80.0
+# The yardsticks: plain global L1 at these percents of zeros; the first is the one of the picture.
+YARDSTICK, YARDSTICK_PERCENTS = "l1", (80.0, 90.0, 95.0)
 LEVELS = (70.0, 80.0, 90.0, 95.0)  # percent of zeros, as `make criteria` prunes
-# What is to be spared: the row's key, its name in tables, its name on an axis.
+# What is to be spared: the row's key, its name in tables, its name on an axis and the axis' unit.
 COSTS = {
-    "energy_sram_uj": ("energy, uJ", "modelled energy (uJ an image, weights in SRAM)"),
-    "weight_stored_bytes": ("stored bytes", "stored bytes of the weights, index included"),
+    "energy_sram_uj": ("energy, uJ", "modelled energy (µJ an image, weights in SRAM)", 1),
+    "weight_stored_bytes": ("stored bytes", "stored weights (kB), index included", 1e3),
+    "macs_nonzero": ("non-zero MACs", "non-zero MACs (millions)", 1e6),
 }
 LOOK = {
     "l1": ("o", "#0072B2"),
@@ -77,7 +78,7 @@ def curves(rows: list[dict]) -> dict[str, list[dict]]:
     shared = set.intersection(*({level(r) for r in curve} for curve in found.values()), {*LEVELS})
     found = {name: [r for r in curve if level(r) in shared] for name, curve in found.items()}
     efforts = {row["epochs_a_level"] for curve in found.values() for row in curve}
-    if YARDSTICK[0] not in found or YARDSTICK[1] not in shared or len(efforts) > 1:
+    if YARDSTICK not in found or not shared.issuperset(YARDSTICK_PERCENTS) or len(efforts) > 1:
         raise UserError(
             "the validation rows are not the same levels of every criterion at equal effort; "
             "run: make criteria"
@@ -102,15 +103,14 @@ def cost_at(curve: list[dict], accuracy: float, key: str) -> float | None:
     return None
 
 
-def at_equal_accuracy(found: dict[str, list[dict]]) -> list[dict]:
+def at_equal_accuracy(found: dict[str, list[dict]], percent: float) -> list[dict]:
     """A row a criterion: what it needs for the yardstick's accuracy, and how much less that is."""
-    criterion, percent = YARDSTICK
-    yardstick = next(row for row in found[criterion] if level(row) == percent)
-    rows = []
+    yardstick = next(row for row in found[YARDSTICK] if level(row) == percent)
+    accuracy, rows = yardstick["accuracy_percent"], []
     for name, curve in found.items():
-        row = {"criterion": name, "at_accuracy_percent": yardstick["accuracy_percent"]}
+        row = {"criterion": name, "yardstick_percent": percent, "at_accuracy_percent": accuracy}
         for key in COSTS:
-            cost = cost_at(curve, yardstick["accuracy_percent"], key)
+            cost = cost_at(curve, accuracy, key)
             row[key] = cost and round(cost, 4)
             row[f"{key}_saved_percent"] = cost and round(100 * (1 - cost / yardstick[key]), 2)
         rows.append(row)
@@ -120,8 +120,27 @@ def at_equal_accuracy(found: dict[str, list[dict]]) -> list[dict]:
 # ---- showing -----------------------------------------------------------------------------------
 
 
-def table(found: dict[str, list[dict]], equal: list[dict]) -> str:
-    """Every level of every criterion, then what each needs for the yardstick's accuracy."""
+def equal_table(rows: list[dict]) -> str:
+    """What each criterion needs for one yardstick's accuracy."""
+
+    def needed(row, key):
+        share, cost = row[f"{key}_saved_percent"], row[key]
+        return (
+            "not reached"
+            if cost is None
+            else f"{cost:,.{2 if cost < 100 else 0}f} ({-share:+.1f} %)"
+        )
+
+    header = ["Criterion", *(f"{name} needed" for name, *_ in COSTS.values())]
+    lines = [[row["criterion"], *(needed(row, key) for key in COSTS)] for row in rows]
+    return (
+        f"At {rows[0]['at_accuracy_percent']:.2f} %, the accuracy of global L1 at "
+        f"{rows[0]['yardstick_percent']:g} % zeros:\n\n{markdown_table(header, lines)}"
+    )
+
+
+def table(found: dict[str, list[dict]], equal: list[list[dict]]) -> str:
+    """Every level of every criterion, then what each needs for the yardsticks' accuracies."""
     lines = [
         [
             name,
@@ -136,40 +155,25 @@ def table(found: dict[str, list[dict]], equal: list[dict]) -> str:
     ]
     header = ["Criterion", "Zeros %", "Validation accuracy %", "Non-zero MACs M"]
     header += ["Energy uJ, SRAM", "Stored bytes"]
-
-    def saved(row, key):
-        share, cost = row[f"{key}_saved_percent"], row[key]
-        return "not reached" if cost is None else f"{cost:,.6g} ({-share:+.1f} %)"
-
-    equal_header = ["Criterion", *(f"{name} needed" for name, _ in COSTS.values())]
-    equal_lines = [[row["criterion"], *(saved(row, key) for key in COSTS)] for row in equal]
-    accuracy = equal[0]["at_accuracy_percent"]
-    return (
-        f"{markdown_table(header, lines)}\n\nAt {accuracy:.2f} %, the accuracy of global L1 at "
-        f"{YARDSTICK[1]:g} % zeros:\n\n{markdown_table(equal_header, equal_lines)}\n"
-    )
+    return "\n\n".join([markdown_table(header, lines), *map(equal_table, equal)]) + "\n"
 
 
-def draw(found: dict[str, list[dict]], equal: list[dict]) -> Figure:
+def draw(found: dict[str, list[dict]], accuracy: float) -> Figure:
     """Accuracy against each cost, a line a criterion, a dotted line at the yardstick's accuracy."""
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(14, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(COSTS), sharey=True)
-    for panel, (key, (_, label)) in zip(panels, COSTS.items(), strict=True):
+    for panel, (key, (_, label, unit)) in zip(panels, COSTS.items(), strict=True):
         for name, curve in found.items():
             marker, color = LOOK[name]
-            points = [(row[key], row["accuracy_percent"]) for row in curve]
+            points = [(row[key] / unit, row["accuracy_percent"]) for row in curve]
             panel.plot(*zip(*points, strict=True), marker=marker, color=color, label=name)
-            for row in curve:
-                where = (row[key], row["accuracy_percent"])
-                offset = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
-                panel.annotate(f"{level(row):g} %", where, color=color, **offset)
-        panel.axhline(equal[0]["at_accuracy_percent"], color="#808080", ls=":", lw=1)
+        panel.axhline(accuracy, color="#808080", ls=":", lw=1)
         panel.set_xlabel(label)
         panel.grid(color="#DDDDDD", lw=0.6)
     panels[0].set_ylabel("accuracy (%), 5,000 validation images, INT8")
     panels[0].legend(title="criterion")
-    percent = f"{YARDSTICK[1]:g} %"
+    percent = f"{YARDSTICK_PERCENTS[0]:g} %"
     figure.suptitle(
         f"Equal fine-tuning effort; dotted: the accuracy of global L1 at {percent} zeros"
     )
@@ -207,16 +211,19 @@ def main():
     folder = results_dir("smoke" if args.smoke else args.run)
     require_writable(folder)
     metrics = results_dir("holdout") / "metrics.json"
-    needed = {key: (0, 1e15) for key in (*COSTS, "macs_nonzero")}
+    needed = dict.fromkeys(COSTS, (0, 1e15))
     rows = made_up_rows() if args.smoke else with_effort(read_rows(metrics, needed))
 
     found = curves(rows)
-    equal = at_equal_accuracy(found)
-    result = {"at_equal_accuracy": equal, "levels": [r for curve in found.values() for r in curve]}
+    equal = [at_equal_accuracy(found, percent) for percent in YARDSTICK_PERCENTS]
+    result = {
+        "at_equal_accuracy": sum(equal, []),
+        "levels": [r for curve in found.values() for r in curve],
+    }
     write_json(folder / "criteria.json", result)
     write_text(folder / "criteria.md", table(found, equal))
     with atomic_path(folder / "criteria.png") as temporary:
-        draw(found, equal).savefig(temporary)
+        draw(found, equal[0][0]["at_accuracy_percent"]).savefig(temporary)
     print(table(found, equal))
     print(f"wrote criteria.json, criteria.md and criteria.png in {folder}")
 
