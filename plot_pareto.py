@@ -198,7 +198,10 @@ def short_label(row: dict) -> str:
     match = NAME_PATTERN.fullmatch(row["variant"])
     text = row["variant"]
     if match and match["percent"]:
-        text = f"{match['percent']} % {(match['criterion'] or '').upper()}".strip()
+        criterion = match["criterion"] or ""
+        text = (
+            f"{match['percent']} % {criterion.upper() if len(criterion) < 3 else criterion}".strip()
+        )
     elif match:
         text = match["method"]
     return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
