@@ -596,11 +596,12 @@ def draw_break_even(rows: list[dict]) -> Figure:
         if even is not None:
             panel.axvline(even, color=GREY, ls=":")
             note = f"sparse pays\nfrom {even:.0f} % zeros"
+            side = 1 if even < 50 else -1  # of the line, where there is room
             panel.annotate(
                 note,
                 (even, panel.get_ylim()[1]),
-                (-4, -6),
-                ha="right",
+                (4 * side, -6),
+                ha="left" if side > 0 else "right",
                 va="top",
                 textcoords="offset points",
                 fontsize=LABEL_FONT,

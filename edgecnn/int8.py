@@ -4,12 +4,17 @@ torch's activations are unsigned (quint8), a device's signed: the same bits less
 scale stays and every zero point is 128 lower.
 """
 
+import warnings
+
 import numpy as np
 import torch
 
 from edgecnn.data import normalize
 
 SIGNED_OFFSET = 128
+
+# Quantized tensors work in the pinned torch, which says that they will go.
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
 
 
 def signed_zero_point(zero_point: int) -> int:
