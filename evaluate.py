@@ -489,6 +489,8 @@ def hardware_table(rows: list[dict]) -> str:
     shown = [row for row in rows if any(key.startswith(HARDWARE_KEYS) for key in row)]
     lines = []
     for row in shown:
+        # A .tflite file is INT8: of an FP32 variant there is nothing to measure.
+        absent = "-" if row.get("precision") == "fp32" else "not measured"
         cells = [row["variant"], scaled(row, "tflite_micro_accuracy_percent", digits=2)]
         cells += [scaled(row, "tflite_micro_arena_bytes"), scaled(row, "u55_128_cycles_modelled")]
         cells += [scaled(row, "u55_128_flash_bytes_modelled", 1024, 1)]
@@ -499,7 +501,7 @@ def hardware_table(rows: list[dict]) -> str:
         energy, low, high = (scaled(row, key) for key in band)
         cells.append(energy if energy == "not measured" else f"{energy} ({low}-{high})")
         cells.append({True: "yes", False: "no", None: "not measured"}[row.get("stm32f405_fits")])
-        lines.append(cells)
+        lines.append([absent if cell == "not measured" else cell for cell in cells])
     peer = [f"*{RESNET8['name']}*", f"{RESNET8['accuracy_percent']:.2f}", "-"]
     peer += [scaled(RESNET8, "u55_128_cycles_modelled")]
     peer += [
@@ -514,6 +516,11 @@ def hardware_table(rows: list[dict]) -> str:
     return markdown_table(header, [*lines, peer]) if lines else ""
 
 
+def all_tables(rows: list[dict]) -> str:
+    """table_all.md: every variant of every seed, and every one with figures of a target."""
+    return "\n\n".join(filter(None, [variant_table(rows), hardware_table(rows)])) + "\n"
+
+
 def write_tables(folder: Path, rows: list[dict]) -> str:
     """Write metrics.json and both tables of the rows, with hardware.json's figures; the main table."""
     hardware = folder / "hardware.json"
@@ -521,8 +528,7 @@ def write_tables(folder: Path, rows: list[dict]) -> str:
         rows = with_hardware(rows, read_json(hardware, "python simulate_hardware.py"))
     write_json(folder / "metrics.json", rows)
     write_text(folder / "table.md", tables(rows))
-    everything = [variant_table(rows), hardware_table(rows)]
-    write_text(folder / "table_all.md", "\n\n".join(filter(None, everything)) + "\n")
+    write_text(folder / "table_all.md", all_tables(rows))
     return tables(rows)
 
 
