@@ -28,7 +28,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from edgecnn.budget import HELP, LIMITS, amount, figure_of, number, parse_budget, ranked
+from edgecnn.budget import (
+    HELP,
+    LIMITS,
+    amount,
+    competitors,
+    figure_for,
+    number,
+    parse_budget,
+    ranked,
+)
 from edgecnn.cli import Parser
 from edgecnn.files import (
     MADE_BY,
@@ -37,7 +46,6 @@ from edgecnn.files import (
     atomic_path,
     in_range,
     is_headline,
-    lowest_seed_rows,
     read_json,
     read_rows,
     results_dir,
@@ -447,8 +455,8 @@ def panel_costs(n: int, rows, limits: dict[str, float]):
     references = [(marker, costs[n], accuracy) for _, marker, accuracy, costs in REFERENCES]
     if bound not in LIMIT_LABELS:
         return [row[key] / unit for row in rows], references, label, bound
-    origins = dict.fromkeys(figure_of(row, bound).origin.split(":")[0].split()[0] for row in rows)
-    label = LIMIT_LABELS[bound].replace("{origin}", " or ".join(origins))
+    origin = figure_for(rows, bound).origin.split(":")[0].split()[0]
+    label = LIMIT_LABELS[bound].replace("{origin}", origin)
     return [amount(row, bound) for row in rows], [], label, bound
 
 
@@ -494,9 +502,10 @@ def legend_handles(rows, budget: bool) -> list:
 def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
     """The whole picture, of the rows with the lowest seed, with what a budget's limits allow.
 
-    Raises UserError when a row lacks the figure that a limit is about.
+    Raises UserError when no row has the figure that a limit is about.
     """
-    rows, limits = lowest_seed_rows(rows), limits or {}
+    limits = limits or {}
+    rows = competitors(rows, limits)
     notes = FOOTNOTES.strip().split("\n") + ([budget_note(rows, limits)] if limits else [])
     notes = "\n".join(textwrap.fill(note, 160) for note in notes)
     figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")

@@ -145,21 +145,33 @@ def limit_value(item: str, text: str) -> float:
     return value
 
 
-def figure_of(row: dict, name: str) -> Figure:
-    """The preferred one of the limit's figures that the row has; raises UserError without any."""
+def figure_for(rows: list[dict], name: str) -> Figure:
+    """The limit's preferred figure that any row has; raises UserError without one."""
     for figure in LIMITS[name].figures:
-        if row.get(figure.key) is not None:
-            if in_range(row[figure.key], 0, 1e15):
-                return figure
-            problem = f"{figure.key} is {row[figure.key]!r:.40}, not a number from 0"
-            raise UserError(f"{row['variant']}: {problem}; run: {MADE_BY}")
+        for row in rows:
+            value = row.get(figure.key)
+            if value is not None and not in_range(value, 0, 1e15):
+                problem = f"{figure.key} is {value!r:.40}, not a number from 0"
+                raise UserError(f"{row['variant']}: {problem}; run: {MADE_BY}")
+        if any(row.get(figure.key) is not None for row in rows):
+            return figure
     keys = " or ".join(figure.key for figure in LIMITS[name].figures)
-    raise UserError(f"{row['variant']} has no {keys}, which {name} needs; run: {MADE_BY}")
+    raise UserError(f"no variant has {keys}, which {name} needs; run: {MADE_BY}")
+
+
+def competitors(rows: list[dict], limits: dict[str, float]) -> list[dict]:
+    """The lowest seed's rows that have every figure the limits are held against.
+
+    Once one variant is measured, an estimate of another would not compare: it stays out.
+    """
+    rows = lowest_seed_rows(rows)
+    keys = [figure_for(rows, name).key for name in limits]
+    return [row for row in rows if all(row.get(key) is not None for key in keys)]
 
 
 def amount(row: dict, name: str) -> float:
     """What the row needs (of accuracy: has), in the limit's unit."""
-    return row[figure_of(row, name).key] / LIMITS[name].scale
+    return row[figure_for([row], name).key] / LIMITS[name].scale
 
 
 def excess(row: dict, name: str, limit: float) -> float:
@@ -228,32 +240,26 @@ def limit_lines(best: dict, better: list[dict], limits: dict[str, float]) -> lis
 
 
 def figure_lines(rows: list[dict], limits: dict[str, float]) -> list[str]:
-    """A line a limit: the figures it was held against, counted where the rows differ."""
-    lines = []
-    for name in limits:
-        used = [figure_of(row, name) for row in rows]
-        kinds = [
-            f"{figure.key} ({figure.origin})"
-            + (f" of {used.count(figure)} variants" if used.count(figure) < len(used) else "")
-            for figure in LIMITS[name].figures
-            if figure in used
-        ]
-        lines.append(f"  {name}: {', '.join(kinds)}")
-    return lines
+    """A line a limit: the figure it was held against."""
+    figures = {name: figure_for(rows, name) for name in limits}
+    return [f"  {name}: {figure.key} ({figure.origin})" for name, figure in figures.items()]
 
 
 def answer(rows: list[dict], limits: dict[str, float]) -> tuple[bool, str]:
     """(whether a variant fits, the text): the best, why, the runner-up and what moving up takes.
 
-    Only the lowest seed's rows compete, as in the table. Raises UserError when a figure is missing.
+    Raises UserError when no row has a figure that a limit needs.
     """
-    rival = lowest_seed_rows(rows)
+    rival = competitors(rows, limits)
+    absent = len(lowest_seed_rows(rows)) - len(rival)
     seeds = sorted({row.get("seed", 0) for row in rows})
     fitting = ranked(rival, limits)
     budget = ", ".join(f"{name}={number(limit)}" for name, limit in limits.items())
     lines = [f"Budget: {budget} (1 KB = 1,024 bytes). {len(fitting)} of {len(rival)} variants fit."]
     if len(seeds) > 1:
         lines.append(f"Seed {seeds[0]} alone competes, of seeds {', '.join(map(str, seeds))}.")
+    if absent:
+        lines.append(f"{absent} more lack a figure that the others have, and do not compete.")
     if not fitting:
         near = nearest(rival, limits)
         lines += [
