@@ -97,13 +97,14 @@ results/optimization_results.png: results/metrics.json plot_pareto.py \
 
 # ---- hardware: an interpreter, an NPU, a Cortex-M ------------------------------------------------
 
-DEVICE := export_edge.py simulate_hardware.py $(wildcard firmware/*) $(LIBRARY)
+DEVICE := export_edge.py simulate_hardware.py $(wildcard firmware/*)
+DEVICE += $(addprefix edgecnn/,c_source.py cortex_m.py ethos_u.py int8.py tflite.py)
 
 hardware: results/hardware.json results/break_even.png
 	@cat results/table.md
 
 results/hardware.json: $(wildcard $(SWEPT)) results/baseline_int8.json results/pruned_50_int8.json \
-		$(DEVICE) | results/metrics.json
+		$(DEVICE) $(call need,results/edge/baseline_int8.tflite) | results/metrics.json
 	$(PY) export_edge.py
 	$(PY) simulate_hardware.py
 	$(PY) plot_pareto.py
@@ -111,7 +112,7 @@ results/hardware.json: $(wildcard $(SWEPT)) results/baseline_int8.json results/p
 results/break_even.json: results/baseline_int8.json $(DEVICE)
 	$(PY) simulate_hardware.py --break-even
 
-results/break_even.png: results/break_even.json plot_pareto.py
+results/break_even.png: results/break_even.json plot_pareto.py $(call need,results/break_even.svg)
 	$(PY) plot_pareto.py --break-even
 
 # ---- three seeds and the controls --------------------------------------------------------------
@@ -151,13 +152,17 @@ $(DONE)/int8-sweep-%: $(DONE)/sweep quantize.py
 	$(PY) quantize.py --checkpoint checkpoints/reference/$*_fp32.pt
 	@touch $@
 
-STEPS := baseline pruned_50 control pruned_50_l1
-TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
-reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)) \
+$(DONE)/hardware: $(DEVICE) $(foreach step,baseline pruned_50 control pruned_50_l1,$(DONE)/int8-$(step)-0) \
 		$(LEVELS:%=$(DONE)/int8-sweep-%)
 	$(PY) export_edge.py $(REFERENCE) --images 10000
 	$(PY) simulate_hardware.py $(REFERENCE)
 	$(PY) simulate_hardware.py $(REFERENCE) --break-even
+	@touch $@
+
+STEPS := baseline pruned_50 control pruned_50_l1
+TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
+reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)) \
+		$(DONE)/hardware
 	$(PY) evaluate.py $(REFERENCE) --update-readme
 	$(PY) plot_pareto.py $(REFERENCE)
 	$(PY) plot_pareto.py $(REFERENCE) --break-even

@@ -1,6 +1,6 @@
 """Step 4: the table: accuracy on the 10,000 test images, bytes, MACs, energy score of every variant.
 
-Reads   checkpoints/*.pt (or the files given), data/ (the CIFAR-10 test set: read here and only here)
+Reads   checkpoints/*.pt (or the files given), data/ (the CIFAR-10 test set), results/hardware.json
 Writes  results/metrics.json  results/table.md (headline and front)  results/table_all.md (all)
         results/layers.json (where weights, MACs and energy sit in each)
 
@@ -458,7 +458,11 @@ def front_note(rows: list[dict]) -> str:
     volumes = {row["seed"]: row.get("front_hypervolume") for row in rows}
     if None in volumes.values():
         return ""
-    shown = ", ".join(f"{volume:.1f} (seed {seed})" for seed, volume in sorted(volumes.items()))
+    seeds = [row["seed"] for row in rows]
+    shown = ", ".join(
+        f"{volume:.1f} (seed {seed}, {seeds.count(seed)} variants)"
+        for seed, volume in sorted(volumes.items())
+    )
     axes = "points x halvings of bytes x halvings of relative energy"
     return f"Dominated hypervolume of the front ({axes}): {shown}."
 
@@ -469,7 +473,7 @@ def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
     plain = [
         {
             key: value
-            for key, value in found.get(row["checkpoint_sha256"], {}).items()
+            for key, value in found.get(row.get("checkpoint_sha256"), {}).items()
             if key.startswith(HARDWARE_KEYS) and not isinstance(value, dict | list)
         }
         for row in rows
@@ -491,7 +495,10 @@ def hardware_table(rows: list[dict]) -> str:
     for row in shown:
         # A .tflite file is INT8: of an FP32 variant there is nothing to measure.
         absent = "-" if row.get("precision") == "fp32" else "not measured"
-        cells = [row["variant"], scaled(row, "tflite_micro_accuracy_percent", digits=2)]
+        accuracy = scaled(row, "tflite_micro_accuracy_percent", digits=2)
+        if accuracy != "not measured":
+            accuracy += f" of {row['tflite_micro_images']:,}"
+        cells = [row["variant"], accuracy]
         cells += [scaled(row, "tflite_micro_arena_bytes"), scaled(row, "u55_128_cycles_modelled")]
         cells += [scaled(row, "u55_128_flash_bytes_modelled", 1024, 1)]
         cells += [scaled(row, "u55_128_sram_bytes_modelled", 1024, 1)]
@@ -499,19 +506,21 @@ def hardware_table(rows: list[dict]) -> str:
         cells += [scaled(row, "m4_ram_bytes", 1e3, 1)]
         band = [f"stm32l4r5_energy_modelled{end}_uj" for end in ("", "_low", "_high")]
         energy, low, high = (scaled(row, key) for key in band)
-        cells.append(energy if energy == "not measured" else f"{energy} ({low}-{high})")
+        if "m4_flash_bytes" in row and energy == "not measured":
+            energy = "does not fit"
+        cells.append(f"{energy} ({low}-{high})" if energy[0].isdigit() else energy)
         cells.append({True: "yes", False: "no", None: "not measured"}[row.get("stm32f405_fits")])
         lines.append([absent if cell == "not measured" else cell for cell in cells])
-    peer = [f"*{RESNET8['name']}*", f"{RESNET8['accuracy_percent']:.2f}", "-"]
+    peer = [f"*{RESNET8['name']}*", f"{RESNET8['accuracy_percent']:.2f} published", "-"]
     peer += [scaled(RESNET8, "u55_128_cycles_modelled")]
     peer += [
         scaled(RESNET8, f"u55_128_{area}_bytes_modelled", 1024, 1) for area in ("flash", "sram")
     ]
     peer += ["-", "-", "-", f"{RESNET8['stm32l4r5_energy_measured_uj']:,} measured", "-"]
     header = (
-        "Variant;Accuracy %, tflite-micro;Arena bytes;Ethos-U55-128 cycles;its flash KiB;"
-        "its SRAM KiB;Cortex-M4 instructions M;its flash kB;its RAM kB;"
-        "STM32L4R5 energy uJ (low-high);Fits STM32F405"
+        "Variant;Accuracy % of images, tflite-micro;Arena bytes;Ethos-U55-128 cycles, modelled;"
+        "its flash KiB, modelled;its SRAM KiB, modelled;Cortex-M4 instructions M, counted;"
+        "its flash kB;its RAM kB;STM32L4R5 energy uJ, modelled (low-high);Fits STM32F405"
     ).split(";")
     return markdown_table(header, [*lines, peer]) if lines else ""
 
@@ -521,11 +530,23 @@ def all_tables(rows: list[dict]) -> str:
     return "\n\n".join(filter(None, [variant_table(rows), hardware_table(rows)])) + "\n"
 
 
-def write_tables(folder: Path, rows: list[dict]) -> str:
-    """Write metrics.json and both tables of the rows, with hardware.json's figures; the main table."""
-    hardware = folder / "hardware.json"
-    if hardware.exists():
-        rows = with_hardware(rows, read_json(hardware, "python simulate_hardware.py"))
+def read_hardware(folder: Path) -> list[dict]:
+    """The rows of the run's hardware.json, none without the file; raises UserError for other JSON."""
+    path, made_by = folder / "hardware.json", "python simulate_hardware.py"
+    rows = read_json(path, made_by) if path.exists() else []
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("checkpoint_sha256"), str) for row in rows
+    )
+    if not named:
+        raise UserError(
+            f"{path} is not a list of measured checkpoints; make it again with: {made_by}"
+        )
+    return rows
+
+
+def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
+    """Write metrics.json and both tables of the rows, with the targets' figures; the main table."""
+    rows = with_hardware(rows, hardware)
     write_json(folder / "metrics.json", rows)
     write_text(folder / "table.md", tables(rows))
     write_text(folder / "table_all.md", all_tables(rows))
@@ -724,12 +745,13 @@ def main():
     if not args.checkpoints:
         require_complete(paths, folder / "metrics.json")
         require_writable(folder)
+    hardware = read_hardware(folder)
     rows = measure(paths, args)
     if args.checkpoints:
         print(f"\n{variant_table(rows)}")
         return
     write_json(folder / "layers.json", [row for path in paths for row in layer_rows(path)])
-    table = write_tables(folder, rows)
+    table = write_tables(folder, rows, hardware)
     print(f"\n{table}")
     if readme is not None:
         write_text(README, readme_with(readme, table))

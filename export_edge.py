@@ -2,6 +2,7 @@
 
 Reads   checkpoints/*_int8.pt (or the one given), data/ (test images: only to compare frozen files)
 Writes  results/edge/<variant>.tflite  results/edge/<variant>.c  results/edge/<variant>.json
+        results/edge/baseline_fp32.c (the FP32 kernels' weights)
 
     python export_edge.py
     python export_edge.py --run reference --images 10000    # the committed figures
@@ -27,16 +28,19 @@ from edgecnn.data import Split
 from edgecnn.files import (
     UserError,
     atomic_path,
+    checkpoints_dir,
     require_writable,
     results_dir,
     user_errors_exit_2,
     write_json,
+    write_text,
 )
 from edgecnn.int8 import integer_logits, quantize_images
-from edgecnn.tflite import operators, run_tflite, tflite_micro, write_tflite
+from edgecnn.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 from evaluate import find_checkpoints, load_images
 from quantize import int8_graph, int8_model, set_engine
 
+MIN_IMAGES = 25  # fewer would say nothing
 IMAGES = 1000  # about 11 ms an image; all 10,000 for the committed figures
 MIN_AGREEMENT_PERCENT = 99.5
 MAX_ACCURACY_DIFFERENCE_POINTS = 0.15
@@ -164,7 +168,10 @@ def parse_arguments():
         help="images on which the artifacts are compared with torch (default: %(default)s)",
     )
     add_run_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.images < MIN_IMAGES:
+        parser.error(f"--images {args.images}: give at least {MIN_IMAGES}")
+    return args
 
 
 def int8_checkpoints(args, run: str) -> dict[Path, dict]:
@@ -184,7 +191,9 @@ def main():
     args = parse_arguments()
     run = run_name(args)
     folder = results_dir(run) / "edge"
-    tflite_micro()  # raises when it is not installed
+    if not tflite_micro_installed():
+        print("not measured: tflite-micro is missing; pip install -r firmware/requirements.txt")
+        return
     checkpoints = int8_checkpoints(args, run)
     require_writable(folder)
     (images, labels), test_set = load_images(args)
@@ -196,6 +205,10 @@ def main():
         lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
         origin = provenance(path.stem, args, **lineage, checkpoint_sha256=sha256(path))
         publish(folder, path.stem, files, {**origin, **figures, **c_figures})
+    baseline = checkpoints_dir(run) / "baseline_fp32.pt"
+    if baseline.exists() and not args.checkpoint:  # C alone: there is no FP32 .tflite here
+        layers = stored_layers(load_checkpoint(baseline, "fp32"))
+        write_text(folder / "baseline_fp32.c", c_source(layers, "fp32"))
 
 
 if __name__ == "__main__":

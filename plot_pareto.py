@@ -99,11 +99,13 @@ LAYER_PANELS = [
 # Panels of --break-even: the axis label, what an axis unit is, and key, name, marker, colour of a line.
 BREAK_EVEN_PANELS = [
     (
-        "Cortex-M4 instructions (millions), counted",
+        "Cortex-M instructions (millions), counted",
         1e6,
         [
             ("m4_dense_instructions", "dense kernels", "s", "#0072B2"),
             ("m4_sparse_instructions", "sparse kernels", "o", "#D55E00"),
+            ("m7_dense_instructions", "dense, Cortex-M7", "+", "#56B4E9"),
+            ("m7_sparse_instructions", "sparse, Cortex-M7", "x", "#E69F00"),
         ],
     ),
     (
@@ -572,6 +574,12 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
 def layers_of(path: Path, variant: str) -> list[dict]:
     """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
     rows = read_json(path, MADE_BY)
+    keys = {"variant", "layer", "zeros_percent"}
+    keys |= {key for *_, parts in LAYER_PANELS for key, *_ in parts}
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and keys <= r.keys() for r in rows
+    ):
+        raise UserError(f"{path} is not a list of layers; make it again with: {MADE_BY}")
     chosen = [row for row in rows if row["variant"] == variant]
     if not chosen:
         known = ", ".join(dict.fromkeys(row["variant"] for row in rows))
@@ -601,7 +609,7 @@ def draw_break_even(rows: list[dict]) -> Figure:
         curves = [[row[key] / unit for row in rows] for key, *_ in lines]
         for curve, (_, name, marker, color) in zip(curves, lines, strict=True):
             panel.plot(zeros, curve, marker=marker, color=color, label=name)
-        even = crossing(zeros, *curves) if "dense kernels" in [line[1] for line in lines] else None
+        even = crossing(zeros, *curves[:2]) if lines[0][1] == "dense kernels" else None
         if even is not None:
             panel.axvline(even, color=GREY, ls=":")
             note = f"sparse pays\nfrom {even:.0f} % zeros"
@@ -628,6 +636,8 @@ def break_even_rows(path: Path) -> list[dict]:
     """The rows of break_even.json, every key of the picture checked; raises UserError."""
     made_by = "python simulate_hardware.py --break-even"
     rows = read_json(path, made_by)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a list of rows; make it again with: {made_by}")
     keys = ["zeros_percent", *(key for *_, lines in BREAK_EVEN_PANELS for key, *_ in lines)]
     for row in rows:
         missing = [key for key in keys if not in_range(row.get(key), 0, COST_RANGE[1])]
@@ -649,8 +659,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Command line
-@user_errors_exit_2
-def main() -> None:
+def parse_arguments():
     parser = Parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -677,13 +686,20 @@ def main() -> None:
         "--layers", metavar="VARIANT", help="draw where this variant's weights, MACs and energy sit"
     )
     what.add_argument("--break-even", action="store_true", help="draw dense against sparse kernels")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+@user_errors_exit_2
+def main() -> None:
+    args = parse_arguments()
     limits = parse_budget(args.budget or [])
     metrics = args.metrics or results_dir(args.run) / "metrics.json"
     name = "optimization_results_budget" if limits else "optimization_results"
     if args.break_even:
-        name = "break_even"
-        figure = draw_break_even(break_even_rows(metrics.with_name("break_even.json")))
+        name, rows = "break_even", break_even_rows(metrics.with_name("break_even.json"))
+        if not rows:
+            return print("break-even: not measured, no picture")
+        figure = draw_break_even(rows)
     elif args.layers:
         name = f"layers_{args.layers}"
         figure = draw_layers(args.layers, layers_of(metrics.with_name("layers.json"), args.layers))

@@ -192,19 +192,26 @@ def level_paths(args: argparse.Namespace, run: str) -> tuple[Path, Path]:
     return checkpoints_dir(run) / f"{name}.pt", results_dir(run) / f"{name}.json"
 
 
-def changed_arguments(origin: dict, args: argparse.Namespace) -> str:
-    """The decisive arguments of an existing level that differ from these; empty when none does."""
-    theirs, ours = origin["arguments"], vars(args)
-    return ", ".join(f"{key} {theirs.get(key)}" for key in DECISIVE if theirs.get(key) != ours[key])
+def changed_arguments(origin: dict, args: argparse.Namespace, parent: str) -> str:
+    """What of an existing level differs from what is asked for; empty when nothing does."""
+    theirs, ours = {**origin["arguments"], "parent": origin["parent"]}, {**vars(args)}
+    ours["parent"] = parent
+    keys = (*DECISIVE, "parent")
+    return ", ".join(f"{key} {theirs.get(key)}" for key in keys if theirs.get(key) != ours[key])
 
 
-def require_one_sweep(levels: list[argparse.Namespace], run: str) -> None:
-    """Raise UserError, naming what differs, where --resume would mix levels of two sweeps."""
+def require_one_sweep(levels: list[argparse.Namespace], run: str, parent_path: Path) -> None:
+    """Raise UserError, naming what differs, where levels of another sweep would be lost."""
     for args in levels:
         path, _ = level_paths(args, run)
-        changed = path.exists() and changed_arguments(load_checkpoint(path)["provenance"], args)
-        if changed:
-            raise UserError(f"{path} was made with {changed}; give the same, or delete the file")
+        if path.exists():
+            origin = load_checkpoint(path)["provenance"]
+            changed = changed_arguments(origin, args, parent_path.stem)
+            if changed:
+                raise UserError(
+                    f"{path} was made with {changed}; give the same, or delete the file"
+                )
+        parent_path = path
 
 
 def made_before(args: argparse.Namespace, run: str, parent_path: Path) -> bool:
@@ -214,7 +221,7 @@ def made_before(args: argparse.Namespace, run: str, parent_path: Path) -> bool:
         return False
     origin = load_checkpoint(path)["provenance"]
     same_parent = origin.get("parent_sha256") == parent_fields(parent_path)["parent_sha256"]
-    return same_parent and not changed_arguments(origin, args)
+    return same_parent and not changed_arguments(origin, args, parent_path.stem)
 
 
 def prune_level(args, parent_path: Path, run: str, data, device: torch.device) -> Path:
@@ -257,8 +264,8 @@ def main():
     require_unseen_holdout(load_checkpoint(parent_path, "fp32"), args.holdout)
     data = load_training(args.data_dir, args.holdout, args.smoke)
     levels = [argparse.Namespace(**vars(args) | {"sparsity": level}) for level in args.sparsity]
-    if len(levels) > 1 and args.resume:
-        require_one_sweep(levels, run)
+    if len(levels) > 1:
+        require_one_sweep(levels, run, parent_path)
     for level in levels:
         if len(levels) > 1 and made_before(level, run, parent_path):
             parent_path = level_paths(level, run)[0]

@@ -57,6 +57,9 @@ LOOK = {
 
 def with_effort(rows: list[dict]) -> list[dict]:
     """The pruned INT8 rows of seed 0, each with the fine-tuning epochs of its FP32 parent's level."""
+    asked = {"method", "precision", "seed", "criterion", "parent"}
+    if any(not asked <= row.keys() for row in rows):
+        raise UserError("the validation rows lack columns; run: make criteria")
     chosen = [r for r in rows if r["method"].startswith("pruned") and r["precision"] == "int8"]
     made = {r["variant"]: results_dir("holdout") / f"{r['parent']}.json" for r in chosen}
     return [

@@ -8,6 +8,7 @@ multiplier) in single precision, as torch's fbgemm computes it.
 
 import ctypes
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from edgecnn.checkpoint import fp32_model
 from edgecnn.data import normalize
 from edgecnn.files import REPOSITORY, UserError
-from edgecnn.int8 import quantize_images
+from edgecnn.int8 import integer_logits, quantize_images
 from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, weight_layers
 
 FIRMWARE = REPOSITORY / "firmware"
@@ -401,10 +402,13 @@ def run_compiler(command: list[str], missing: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not installed; {missing}") from None
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be run ({error.strerror}); {missing}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not finish within {COMPILE_TIMEOUT_S} s") from None
     if done.returncode:
-        raise UserError(f"{command[0]} failed: {' | '.join(done.stderr.split(chr(10))[:6])}")
+        message = " | ".join(done.stderr.strip().splitlines()[:6]) or "it said nothing"
+        raise UserError(f"{command[0]} failed with exit code {done.returncode}: {message}")
 
 
 def kernel_flags(precision: str) -> list[str]:
@@ -427,11 +431,17 @@ def compile_host(source: str, precision: str, library: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.c"
         weights.write_text(source)
-        command = [os.environ.get("CC", "cc"), *WARNINGS, "-O2", "-fPIC", "-shared"]
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        command = [*compiler, *WARNINGS, "-O2", "-fPIC", "-shared"]
         command += [*kernel_flags(precision), f"-I{FIRMWARE}", str(weights)]
         command += [*map(str, kernel_files(precision)), "-o", str(library)]
         run_compiler(command, "install a C compiler, or name one in CC")
-    return ctypes.CDLL(str(Path(library).resolve()))
+    try:
+        return ctypes.CDLL(str(Path(library).resolve()))
+    except OSError:
+        raise UserError(
+            f"{compiler[0]} left no library that loads; name a C compiler in CC"
+        ) from None
 
 
 def run_host(library: ctypes.CDLL, images: torch.Tensor) -> torch.Tensor:
@@ -457,16 +467,6 @@ def agreement(logits: torch.Tensor, other: torch.Tensor) -> dict:
     }
 
 
-def quantized_logits(graph: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
-    """int8 logits (N, 10) of torch's quantized modules for uint8 pixels (N, 3, 32, 32).
-
-    `graph` ends in DeQuantize, which is left out; it is packed for one engine, which must be selected.
-    """
-    with torch.no_grad():
-        outputs = [graph[:-1](normalize(batch)).int_repr() for batch in images.split(BATCH)]
-    return (torch.cat(outputs).int() - 128).to(torch.int8)
-
-
 def host_parity(
     checkpoint: dict, images: torch.Tensor, graphs: dict, storage: str = "balanced"
 ) -> dict:
@@ -485,5 +485,5 @@ def host_parity(
     exact = torch.cat([exact_logits(checkpoint, batch) for batch in values.split(BATCH)])
     found = {"exact_integers": agreement(logits, exact)}
     for engine, graph in graphs.items():
-        found[engine] = agreement(logits, quantized_logits(graph(), images))
+        found[engine] = agreement(logits, torch.from_numpy(integer_logits(graph(), images)))
     return found

@@ -138,7 +138,9 @@ def publish(run: str, origin: dict, precision: str, tensors: dict, result: dict,
 def made_by(path: Path) -> str:
     """The command that makes a checkpoint of this name."""
     name = NAME_PATTERN.fullmatch(path.stem)
-    if name is None or name["method"] == "baseline":
+    if name is None:
+        return "the script that wrote it"
+    if name["method"] == "baseline":
         command = "python train_baseline.py"
     elif name["method"] == "control":
         command = "python prune_finetune.py --sparsity 0"

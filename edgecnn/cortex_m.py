@@ -39,13 +39,14 @@ INSTRUCTIONS_A_TICK = 40  # SysTick at the boards' 25 MHz; an instruction is 1 n
 CONDITIONS = "eq|ne|hs|lo|cs|cc|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|al"
 BRANCHES = ("cbz", "cbnz", "tbb", "tbh")
 
+STM32L4R5_FLASH_BYTES = 2 * 2**20  # STM32L4R5xI, datasheet DS12023
 # STM32L4R5 at 120 MHz: flash wait states (RM0432, table of wait states for range 1 boost mode) and the
 # bytes that one flash access fetches in its dual-bank mode.
 FLASH_WAIT_CYCLES, FLASH_LINE_BYTES = 5, 8
 # Energy a clock cycle, as the published MLPerf Tiny runs of the int8 ResNet-8 on this chip imply it:
-# energy * rate / 120 MHz, of the most efficient run (v1.3, X-CUBE-AI 10.2: 5,496 uJ at 6.04/s) and
-# of the least
-# (v1.0, microTVM with CMSIS-NN: 20,236 uJ at 2.57/s).
+# energy * rate / 120 MHz, of the most efficient run (v1.3, X-CUBE-AI 10.2 with an external SMPS: 5,496
+# uJ at 6.04/s) and of the least (v1.0, microTVM with CMSIS-NN: 20,236 uJ at 2.57/s). The best one
+# without that supply (v1.2, X-CUBE-AI 9.0: 6,919 uJ at 6.06/s) implies 349.
 PICOJOULES_A_CYCLE, PICOJOULES_A_CYCLE_HIGH = 277, 433
 
 
@@ -59,8 +60,8 @@ class Assumption(NamedTuple):
     weight_wait: int  # flash wait cycles of each line of weights read
 
 
-# low: no access ever waits. modelled: instructions come from the ART cache (its 1 KB holds every inner
-# loop), weights wait once a line. high: in addition every taken branch misses the cache.
+# low: no access ever waits. modelled: instructions come from the ART cache (its 1 KB holds the
+# innermost loops), weights wait once a line. high: in addition every taken branch misses the cache.
 ASSUMPTIONS = {
     "_low": Assumption(1, 2, True, 0, 0),
     "": Assumption(2, 7, True, 0, FLASH_WAIT_CYCLES),
@@ -102,10 +103,16 @@ def tool_versions() -> dict[str, str]:
     """The first line that the compiler and the emulator say of themselves; raises NotInstalled."""
     require_tools()
     found = {"m4_compiler": COMPILER, "m4_emulator": EMULATOR}
-    for key, tool in found.items():
-        done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
-        found[key] = done.stdout.splitlines()[0]
-    return found
+    return {key: output_of([tool, "--version"]).splitlines()[0] for key, tool in found.items()}
+
+
+def output_of(command: list[str]) -> str:
+    """What a tool prints; raises UserError when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = " ".join((done.stderr or "it said nothing").split())[:200]
+        raise UserError(f"{command[0]} ended with {done.returncode}: {reason}")
+    return done.stdout
 
 
 # ---- building and running ----------------------------------------------------------------------
@@ -151,8 +158,7 @@ def fits(objects: list[Path], board: Board) -> bool:
 
 def section_bytes(program: Path) -> dict[str, int]:
     """{section name: bytes} of an ELF file."""
-    command = [SIZES, "-A", str(program)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = output_of([SIZES, "-A", str(program)])
     return {name: int(size) for name, size in re.findall(r"^(\.\w+)\s+(\d+)", text, re.M)}
 
 
@@ -254,15 +260,19 @@ def trace(board: Board, program: Path, images: torch.Tensor) -> list[Layer]:
     log = folder / "trace.log"
     command = [*emulator(board, program), "-d", "in_asm,exec,nochain", "-D", str(log)]
     try:
-        subprocess.run(
+        done = subprocess.run(
             command,
             cwd=folder,
             timeout=QEMU_TIMEOUT_S,
             capture_output=True,
+            text=True,
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         raise hung(board) from None
+    if done.returncode or not log.exists():
+        reason = " ".join(done.stderr.split())[:200]
+        raise UserError(f"{EMULATOR} {board.machine} left no log, exit {done.returncode}: {reason}")
     with open(log) as lines:
         return read_trace(lines)
 
@@ -421,5 +431,7 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balance
         cycles += lines * assumption.weight_wait
         picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
         row[f"m4_cycles_modelled{suffix}"] = cycles
-        row[f"stm32l4r5_energy_modelled{suffix}_uj"] = cycles * picojoules / 1e6
+        fits_chip = row["m4_flash_bytes"] <= STM32L4R5_FLASH_BYTES
+        energy_uj = cycles * picojoules / 1e6 if fits_chip else None
+        row[f"stm32l4r5_energy_modelled{suffix}_uj"] = energy_uj
     return row | tool_versions() | {"m4_logits": ran["logits"].tolist()}

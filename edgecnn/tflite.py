@@ -4,6 +4,7 @@ The file holds the checkpoint's own integers and scales: nothing is calibrated a
 classes and the interpreter both come from the package tflite-micro; there is no converter.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -35,6 +36,11 @@ def tflite_micro():
             "install it with: pip install -r firmware/requirements.txt"
         ) from None
     return schema, runtime
+
+
+def tflite_micro_installed() -> bool:
+    """Whether tflite-micro can be imported; where not, its figures are "not measured"."""
+    return importlib.util.find_spec("tflite_micro") is not None
 
 
 # ---- numbers -----------------------------------------------------------------------------------

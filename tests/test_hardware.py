@@ -90,8 +90,23 @@ def test_a_missing_tool_is_not_measured_and_nothing_else_is_lost(exported, monke
     assert not any(key.startswith(("m4_", "u55_")) for key in row)
     assert "not measured" in (exported / "results/smoke/table.md").read_text()
     assert "sudo apt-get install" in capsys.readouterr().out
-    error = fails(capsys, exported, "simulate_hardware", "--smoke", "--break-even")
-    assert "not installed" in error
+    monkeypatch.setattr(simulate_hardware, "require_tools", missing)
+    run_main("simulate_hardware", "--smoke", "--break-even")
+    assert read_json(exported / "results/smoke/break_even.json", "") == []
+    run_main("plot_pareto", "--smoke", "--break-even")
+    assert "not measured, no picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[1]", "[{}]", "null", '{"a": 1}', ""])
+def test_a_malformed_hardware_json_is_refused_before_any_work(copy, capsys, text):
+    (copy / "results/smoke/hardware.json").write_text(text)
+    assert "simulate_hardware.py" in fails(capsys, copy, "evaluate", "--smoke")
+
+
+@pytest.mark.parametrize("cc", ["false", "true", "/etc/passwd", "no-such-compiler -m64"])
+def test_a_compiler_that_does_not_compile_is_one_line(copy, capsys, monkeypatch, cc):
+    monkeypatch.setenv("CC", cc)
+    assert cc.split()[0] in fails(capsys, copy, "export_edge", "--smoke")
 
 
 def test_an_export_of_other_weights_is_not_taken(exported, capsys):
@@ -140,6 +155,15 @@ def test_committed_hardware_figures_meet_the_bars(committed):
         assert abs(row["tflite_micro_accuracy_percent"] - row["accuracy_percent"]) <= 0.15
     assert committed["pruned_90_energy_int8"]["m4_flash_bytes"] <= 135_000
     assert committed["baseline_fp32"]["stm32f405_fits"] is False
+
+
+def test_committed_sparse_kernels_meet_the_bar_at_every_share_of_zeros():
+    for row in json.loads((REFERENCE / "break_even.json").read_text()):
+        nonzero = MACS * (1 - row["zeros_percent"] / 100)
+        assert row["m4_sparse_instructions"] <= 2.0e6 + 2.5 * nonzero
+        assert row["m4_dense_instructions"] <= 1.65 * MACS
+        if row["zeros_percent"] == 90:
+            assert row["m4_sparse_flash_bytes"] <= 135_000
 
 
 def test_committed_artifacts_agree_with_pytorch_on_every_test_image(committed):

@@ -12,8 +12,8 @@ from benchmarks.training_speed import TRAINING_FLOPS, summarize
 STEPS = ("train_baseline.py", "quantize.py", "prune_finetune.py", "evaluate.py", "plot_pareto.py")
 STEPS += ("export_edge.py", "simulate_hardware.py")
 # What `make reference` ends with, whatever was out of date.
-CLOSING = ["export_edge.py", "simulate_hardware.py", "simulate_hardware.py", "evaluate.py"]
-CLOSING += ["plot_pareto.py"] * 3
+CLOSING = ["evaluate.py", *["plot_pareto.py"] * 3]
+DEVICES = ["export_edge.py", "simulate_hardware.py", "simulate_hardware.py"]
 LEVELS = [f"pruned_{percent}_energy" for percent in (50, 70, 80, 90, 95)]
 VARIANTS = ("baseline_fp32", "baseline_int8", "pruned_50_fp32", "pruned_50_int8")
 
@@ -96,6 +96,8 @@ def test_an_interrupted_or_changed_reference_run_does_only_what_is_missing(clone
     (done / "sweep").touch()
     for level in LEVELS:
         (done / f"int8-sweep-{level}").touch()
+    assert steps(clone, "reference") == DEVICES + CLOSING
+    (done / "hardware").touch()
     assert steps(clone, "reference") == CLOSING
     (done / "pruned_50-1").unlink()
     assert steps(clone, "reference")[:2] == ["prune_finetune.py", "quantize.py"]
@@ -126,7 +128,9 @@ def test_hardware_follows_the_variants_and_is_not_done_again(clone):
     finish(clone)
     expected = ["export_edge.py", "simulate_hardware.py", "plot_pareto.py"]
     assert steps(clone, "hardware") == [*expected, "simulate_hardware.py", "plot_pareto.py"]
-    for name in ("hardware.json", "break_even.json", "break_even.png"):
+    (clone / "results/edge").mkdir()
+    names = ("edge/baseline_int8.tflite", "hardware.json", "break_even.json", "break_even.svg")
+    for name in (*names, "break_even.png"):
         (clone / "results" / name).touch()
     assert steps(clone, "hardware") == []
     os.utime(clone / "firmware/kernels.c", (4e9, 4e9))

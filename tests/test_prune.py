@@ -139,15 +139,23 @@ def test_a_sweep_keeps_what_was_made_and_chains_the_rest(sweep, workdir, capsys)
     assert all(torch.equal(remade[name], high["tensors"][name]) for name in remade)
 
 
-def test_a_sweep_resumed_with_other_arguments_is_refused_and_nothing_is_lost(
-    sweep, workdir, capsys
+@pytest.mark.parametrize(
+    ("levels", "difference"),
+    [
+        ((0.5, 0.6, "--resume", "--epochs", 1), "epochs 2"),
+        ((0.5, 0.6, "--learning-rate", 0.2), "learning_rate 0.1"),
+        ((0.4, 0.5, "--resume"), "parent baseline_fp32"),  # another list: other levels before it
+    ],
+)
+def test_a_sweep_with_other_arguments_is_refused_and_nothing_is_lost(
+    sweep, workdir, capsys, levels, difference
 ):
     before = (workdir / "checkpoints/smoke/pruned_50_fp32.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        sweep(0.4, 0.5, "--resume", "--epochs", 1)
+        sweep(*levels)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pruned_50_fp32.pt was made with epochs 2" in error
+    assert error.count("\n") == 1 and f"pruned_50_fp32.pt was made with {difference}" in error
     assert (workdir / "checkpoints/smoke/pruned_50_fp32.pt").read_bytes() == before
     assert not (workdir / "checkpoints/smoke/pruned_40_fp32.pt").exists()
 
