@@ -167,6 +167,7 @@ reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)
 	$(PY) plot_pareto.py $(REFERENCE)
 	$(PY) plot_pareto.py $(REFERENCE) --break-even
 	$(PY) plot_pareto.py $(REFERENCE) --layers pruned_90_$(SWEEP_CRITERION)_int8
+	$(PY) plot_pareto.py $(REFERENCE) --budget flash_kb=256 ram_kb=32 accuracy=85
 
 # ---- which criterion: on the validation split, at equal effort -----------------------------------
 

@@ -12,7 +12,7 @@ from benchmarks.training_speed import TRAINING_FLOPS, summarize
 STEPS = ("train_baseline.py", "quantize.py", "prune_finetune.py", "evaluate.py", "plot_pareto.py")
 STEPS += ("export_edge.py", "simulate_hardware.py")
 # What `make reference` ends with, whatever was out of date.
-CLOSING = ["evaluate.py", *["plot_pareto.py"] * 3]
+CLOSING = ["evaluate.py", *["plot_pareto.py"] * 4]
 DEVICES = ["export_edge.py", "simulate_hardware.py", "simulate_hardware.py"]
 LEVELS = [f"pruned_{percent}_energy" for percent in (50, 70, 80, 90, 95)]
 VARIANTS = ("baseline_fp32", "baseline_int8", "pruned_50_fp32", "pruned_50_int8")
