@@ -167,19 +167,28 @@ def write_images(images: torch.Tensor, folder: Path) -> None:
     (folder / "images.bin").write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
-def emulator(board: Board, program: Path) -> list[str]:
-    """QEMU's command line: no devices but the processor, files by semihosting."""
+def emulate(board: Board, program: Path, *options: str) -> subprocess.CompletedProcess:
+    """Run a program in QEMU, in its own folder; no devices but the processor, files by semihosting.
+
+    Raises UserError when it does not end in time.
+    """
     command = [EMULATOR, "-M", board.machine, "-kernel", str(program), "-display", "none"]
     command += ["-monitor", "none", "-serial", "none"]
-    return [*command, "-semihosting-config", "enable=on,target=native"]
-
-
-def hung(board: Board) -> UserError:
-    """What to raise when the emulator passes its time limit."""
-    return UserError(
-        f"{EMULATOR} {board.machine} did not finish within {QEMU_TIMEOUT_S} s; "
-        "try again on a quieter machine"
-    )
+    command += ["-semihosting-config", "enable=on,target=native", *options]
+    try:
+        return subprocess.run(
+            command,
+            cwd=program.parent,
+            capture_output=True,
+            text=True,
+            timeout=QEMU_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{EMULATOR} {board.machine} did not finish within {QEMU_TIMEOUT_S} s; "
+            "try again on a quieter machine"
+        ) from None
 
 
 def run(board: Board, program: Path, images: torch.Tensor) -> dict:
@@ -189,18 +198,7 @@ def run(board: Board, program: Path, images: torch.Tensor) -> dict:
     """
     folder = program.parent
     write_images(images, folder)
-    command = [*emulator(board, program), "-icount", "shift=0"]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=QEMU_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise hung(board) from None
+    done = emulate(board, program, "-icount", "shift=0")
     report = re.search(r"^(\d+) (\d+)$", done.stdout + done.stderr, re.M)
     if done.returncode or report is None:
         reason = " ".join((done.stderr or done.stdout).split())[:200]
@@ -258,18 +256,7 @@ def trace(board: Board, program: Path, images: torch.Tensor) -> list[Layer]:
     folder = program.parent
     write_images(images[:1], folder)
     log = folder / "trace.log"
-    command = [*emulator(board, program), "-d", "in_asm,exec,nochain", "-D", str(log)]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            timeout=QEMU_TIMEOUT_S,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise hung(board) from None
+    done = emulate(board, program, "-d", "in_asm,exec,nochain", "-D", str(log))
     if done.returncode or not log.exists():
         reason = " ".join(done.stderr.split())[:200]
         raise UserError(f"{EMULATOR} {board.machine} left no log, exit {done.returncode}: {reason}")

@@ -387,7 +387,7 @@ def test_missing_and_failing_host_compilers_are_user_errors(monkeypatch, tmp_pat
     with pytest.raises(UserError, match="no-such-compiler is not installed"):
         c_source.compile_host("", "int8", tmp_path / "x.so")
     monkeypatch.delenv("CC")
-    with pytest.raises(UserError, match="failed: .*error"):
+    with pytest.raises(UserError, match="failed with exit code 1: .*error"):
         c_source.compile_host("int f(void) { return; }", "int8", tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()
 
