@@ -141,7 +141,8 @@ def parse_arguments():
         "--accelerator",
         default=ACCELERATOR,
         metavar="NAME",
-        help="Ethos-U configuration that Vela models (default: %(default)s)",
+        help="Ethos-U configuration that Vela models; the table shows the default alone (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--images",
