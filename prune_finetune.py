@@ -8,6 +8,7 @@ Writes  checkpoints/pruned_<percent>_fp32.pt  results/pruned_<percent>_fp32.json
     python prune_finetune.py --sparsity 0.5 0.7 0.8 0.9 # gradually: each level from the last one
     python prune_finetune.py --criterion l1             # plain global L1: most zeros fall in fc1
     python prune_finetune.py --sparsity 0               # the dense control of equal effort
+    python prune_finetune.py --headline                 # longer, and taught by the run's baseline
     python prune_finetune.py --smoke                    # seconds; reads checkpoints/smoke/
 
 Zeros save storage, and energy only on hardware that skips them; dense kernels multiply them.
@@ -29,6 +30,7 @@ from edgecnn.checkpoint import (
     provenance,
     publish,
     require_unseen_holdout,
+    sha256,
 )
 from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
@@ -41,17 +43,21 @@ from edgecnn.files import (
     user_errors_exit_2,
     variant_name,
 )
-from edgecnn.model import IMAGE_SHAPE, weight_layers
+from edgecnn.model import IMAGE_SHAPE, fold_batch_norm, weight_layers
 from edgecnn.train import Recipe, environment, fit, pick_device
 from mac_hooks import count_macs, weight_energy_pj
 
-# The fine-tuning recipe, settled with --holdout.
-RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
+# The fine-tuning recipes, settled with --holdout; distillation is the teacher's share of the loss.
+RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1, "distillation": 0.0}
+HEADLINE_RECIPE = RECIPE | {"epochs": 8, "distillation": 0.7}
 SPARSITY = 0.5
 CRITERIA = ("l1", "l1-normalized", "lamp", "energy")
 DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight
 # The arguments that decide a level's weights, besides its parent's.
-DECISIVE = ("sparsity", "criterion", "epochs", "batch_size", "learning_rate", "seed", "holdout")
+DECISIVE = (
+    *("sparsity", "criterion", "epochs", "batch_size", "learning_rate", "distillation"),
+    *("seed", "holdout"),
+)
 
 
 # ---- masks -------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ def parse_arguments():
         "magnitude ranks within a layer; lamp = smallest share of the layer's remaining norm; "
         "energy = lamp per picojoule saved (default: %(default)s)",
     )
-    args = parse_training_arguments(parser, RECIPE)
+    args = parse_training_arguments(parser, RECIPE, HEADLINE_RECIPE)
     for low, high in itertools.pairwise(args.sparsity):
         if not 0 < low < high:
             parser.error(f"--sparsity {low:g} {high:g}: levels must rise from above 0")
@@ -194,8 +200,9 @@ def level_paths(args: argparse.Namespace, run: str) -> tuple[Path, Path]:
 
 def changed_arguments(origin: dict, args: argparse.Namespace, parent: str) -> str:
     """What of an existing level differs from what is asked for; empty when nothing does."""
-    theirs, ours = {**origin["arguments"], "parent": origin["parent"]}, {**vars(args)}
-    ours["parent"] = parent
+    older = {"distillation": 0.0}  # what files from before that argument lack
+    theirs = older | origin["arguments"] | {"parent": origin["parent"]}
+    ours = vars(args) | {"parent": parent}
     keys = (*DECISIVE, "parent")
     return ", ".join(f"{key} {theirs.get(key)}" for key in keys if theirs.get(key) != ours[key])
 
@@ -214,26 +221,43 @@ def require_one_sweep(levels: list[argparse.Namespace], run: str, parent_path: P
         parent_path = path
 
 
-def made_before(args: argparse.Namespace, run: str, parent_path: Path) -> bool:
-    """Whether a level is finished, of these arguments and this very parent."""
+def lineage(args: argparse.Namespace, parent_path: Path, baseline_path: Path) -> dict:
+    """The provenance keys that name a level's parent and, with distillation, its teacher."""
+    taught = {"teacher_sha256": sha256(baseline_path)} if args.distillation else {}
+    return parent_fields(parent_path) | taught
+
+
+def load_teacher(args: argparse.Namespace, baseline_path: Path) -> nn.Module | None:
+    """The run's baseline, BN folded, for distillation; None without it."""
+    if not args.distillation:
+        return None
+    checkpoint = load_checkpoint(baseline_path, "fp32")
+    require_unseen_holdout(checkpoint, args.holdout)
+    return fold_batch_norm(fp32_model(checkpoint))
+
+
+def made_before(args: argparse.Namespace, run: str, ancestors: dict) -> bool:
+    """Whether a level is finished, of these arguments and this very lineage."""
     path, json_path = level_paths(args, run)
     if not (path.exists() and json_path.exists()):
         return False
     origin = load_checkpoint(path)["provenance"]
-    same_parent = origin.get("parent_sha256") == parent_fields(parent_path)["parent_sha256"]
-    return same_parent and not changed_arguments(origin, args, parent_path.stem)
+    return ancestors.items() <= origin.items() and not changed_arguments(
+        origin, args, ancestors["parent"]
+    )
 
 
-def prune_level(args, parent_path: Path, run: str, data, device: torch.device) -> Path:
+def prune_level(args, parent_path, run: str, data, device, ancestors: dict, teacher) -> Path:
     """Prune the parent to args.sparsity, fine-tune, write the checkpoint and JSON; their path."""
     name, method = level_paths(args, run)[0].stem, method_name(args.sparsity)
-    lineage = parent_fields(parent_path)
     model = fp32_model(load_checkpoint(parent_path, "fp32"))
     train, validation = data
     masks = prune_globally(model, args.sparsity, args.criterion)
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
-    pruning = f"{lineage['parent_sha256']} at {args.sparsity} {args.criterion}"
-    recipe = Recipe.from_arguments(args, f"{pruning}, {len(train[1])} images")
+    pruning = f"{ancestors['parent_sha256']} at {args.sparsity} {args.criterion}"
+    taught = f" taught by {ancestors['teacher_sha256']}" if teacher else ""
+    start = f"{pruning}{taught}, {len(train[1])} images"
+    recipe = Recipe.from_arguments(args, start, distillation=args.distillation)
     resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
     history = fit(
         model,
@@ -244,9 +268,10 @@ def prune_level(args, parent_path: Path, run: str, data, device: torch.device) -
         resume_path,
         args.resume,
         after_step=lambda: hold_zeros(model, masks),
+        teacher=teacher,
     )
-    lineage |= {"method": method, "criterion": args.criterion if args.sparsity else None}
-    origin = provenance(name, args, **lineage, seed=args.seed, holdout=args.holdout)
+    made = {"method": method, "criterion": args.criterion if args.sparsity else None}
+    origin = provenance(name, args, **ancestors, **made, seed=args.seed, holdout=args.holdout)
     zeros = {"layer_sparsity_percent": layer_sparsity_percent(model)}
     result = {**environment(device), **zeros, "history": history}
     path = publish(run, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
@@ -259,19 +284,21 @@ def main():
     args = parse_arguments()
     device, run = pick_device(args.device), run_name(args)
     require_writable(checkpoints_dir(run), results_dir(run))
-    default_parent = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
-    parent_path = args.checkpoint or default_parent
+    baseline_path = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
+    parent_path = args.checkpoint or baseline_path
     require_unseen_holdout(load_checkpoint(parent_path, "fp32"), args.holdout)
+    teacher = load_teacher(args, baseline_path)
     data = load_training(args.data_dir, args.holdout, args.smoke)
     levels = [argparse.Namespace(**vars(args) | {"sparsity": level}) for level in args.sparsity]
     if len(levels) > 1:
         require_one_sweep(levels, run, parent_path)
     for level in levels:
-        if len(levels) > 1 and made_before(level, run, parent_path):
+        ancestors = lineage(level, parent_path, baseline_path)
+        if len(levels) > 1 and made_before(level, run, ancestors):
             parent_path = level_paths(level, run)[0]
             print(f"{parent_path} was made before, with the same arguments: kept")
         else:
-            parent_path = prune_level(level, parent_path, run, data, device)
+            parent_path = prune_level(level, parent_path, run, data, device, ancestors, teacher)
 
 
 if __name__ == "__main__":

@@ -75,25 +75,32 @@ def add_run_arguments(parser: Parser) -> None:
     )
 
 
-def parse_training_arguments(parser: Parser, recipe: dict) -> argparse.Namespace:
-    """Add the flags of the shared training loop, with `recipe`'s defaults, and parse them all."""
+def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> argparse.Namespace:
+    """Add the flags of the shared training loop and parse them all.
+
+    What the command line leaves open comes from `recipe`, or with --headline from `headline`, whose
+    further entries become arguments too.
+    """
+    parser.add_argument(
+        "--headline",
+        action="store_true",
+        help="the longer recipe of `make headline`; the flags below still overrule it",
+    )
     parser.add_argument(
         "--epochs",
         type=positive_int,
-        help="passes over the training images "
-        f"(default: {recipe['epochs']}; {SMOKE_EPOCHS} with --smoke)",
+        help=f"passes over the training images (default: {recipe['epochs']}; "
+        f"{headline['epochs']} with --headline; {SMOKE_EPOCHS} with --smoke)",
     )
     parser.add_argument(
         "--batch-size",
         type=positive_int,
-        default=recipe["batch_size"],
-        help="images a step (default: %(default)s)",
+        help=f"images a step (default: {recipe['batch_size']})",
     )
     parser.add_argument(
         "--learning-rate",
         type=positive_float,
-        default=recipe["learning_rate"],
-        help="peak of the one-cycle schedule (default: %(default)s)",
+        help=f"peak of the one-cycle schedule (default: {recipe['learning_rate']})",
     )
     parser.add_argument(
         "--seed",
@@ -119,8 +126,10 @@ def parse_training_arguments(parser: Parser, recipe: dict) -> argparse.Namespace
     )
     add_run_arguments(parser)
     args = parser.parse_args()
-    args.epochs = args.epochs or (SMOKE_EPOCHS if args.smoke else recipe["epochs"])
-    return args
+    chosen = headline if args.headline else recipe
+    chosen = chosen | ({"epochs": SMOKE_EPOCHS} if args.smoke else {})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | chosen | given)
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -23,6 +23,7 @@ WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
 WARMUP_FRACTION = 0.25  # of all steps, from START_FRACTION of the peak learning rate
 START_FRACTION = 0.1
+TEMPERATURE = 3.0  # of distillation: what the teacher knows of the wrong classes shows above 1
 EVALUATION_BATCH = 1000  # images
 # A state can be continued bit for bit only by the sources that wrote it.
 CODE = hashlib.sha256(
@@ -43,11 +44,12 @@ class Recipe:
     start: str  # the weights and images it starts from, so that --resume mixes nothing up
     weight_decay: float = WEIGHT_DECAY
     label_smoothing: float = LABEL_SMOOTHING
+    distillation: float = 0.0  # the teacher's share of the loss
 
     @classmethod
-    def from_arguments(cls, args, start: str) -> "Recipe":
-        """The recipe that a training script's command line asks for."""
-        return cls(args.epochs, args.batch_size, args.learning_rate, args.seed, start)
+    def from_arguments(cls, args, start: str, **parts) -> "Recipe":
+        """The recipe that a training script's command line asks for, with `parts` of its own."""
+        return cls(args.epochs, args.batch_size, args.learning_rate, args.seed, start, **parts)
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,7 +102,19 @@ def diverged(what: str) -> UserError:
     return UserError(f"{what}; the last good state is kept: lower --learning-rate and start again")
 
 
-def train_epoch(model, optimizer, recipe: Recipe, epoch: int, padded, labels, after_step) -> dict:
+def distillation_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    """How far the student's (N, 10) logits are from the teacher's: KL divergence at TEMPERATURE.
+
+    Times TEMPERATURE^2, so that its gradients keep their size. Source: Hinton et al., "Distilling
+    the knowledge in a neural network" (arXiv 1503.02531), section 2.
+    """
+    student, teacher = (F.log_softmax(values / TEMPERATURE, 1) for values in (logits, taught))
+    return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def train_epoch(
+    model, optimizer, recipe: Recipe, epoch: int, padded, labels, after_step, teacher
+) -> dict:
     """One epoch; returns its history row. Raises UserError when the loss stops being finite."""
     model.train()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
@@ -119,6 +133,11 @@ def train_epoch(model, optimizer, recipe: Recipe, epoch: int, padded, labels, af
             group["lr"] = rate
         logits = model(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        if recipe.distillation:
+            with torch.no_grad():
+                taught = teacher(images)
+            share = recipe.distillation
+            loss = (1 - share) * loss + share * distillation_loss(logits, taught)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             bar.close()
@@ -151,15 +170,19 @@ def fit(
     resume_path: Path | None = None,
     resume: bool = False,
     after_step=lambda: None,
+    teacher: nn.Module | None = None,
 ) -> list[dict]:
     """Train `model` in place and return its history, a row an epoch.
 
     The state after every epoch goes to `resume_path`; with `resume` the run continues from it and
     ends with the same bits as an uninterrupted one. `after_step` runs after every optimizer step.
+    `teacher`, in evaluation mode, is what recipe.distillation needs; recipe.start tells which.
     Raises UserError on a non-finite loss or a resume file of other arguments.
     """
     keep_freed_memory()
     model.to(device, memory_format=torch.channels_last)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -172,7 +195,7 @@ def fit(
     history = load_resume(resume_path, model, optimizer, recipe, source) if resume else []
     padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
     for epoch in range(len(history), recipe.epochs):
-        row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step)
+        row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step, teacher)
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise diverged(f"a weight stopped being finite in epoch {epoch + 1}")
         if validation is not None:
@@ -204,7 +227,8 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
         return []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ours = ({**r, "start": ""} for r in (state["recipe"], asdict(recipe)))
+        ours = asdict(recipe) | {"start": ""}
+        theirs = ours | state["recipe"] | {"start": ""}  # other code may lack a field
         if theirs == ours and state["source"] == source:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

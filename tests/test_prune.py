@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_main
 
-from edgecnn.checkpoint import fp32_model, load_checkpoint
+from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
 from edgecnn.data import load_sample
 from edgecnn.files import UserError
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
@@ -16,6 +16,7 @@ from edgecnn.train import Recipe, fit
 from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
 from prune_finetune import (
     CRITERIA,
+    HEADLINE_RECIPE,
     hold_zeros,
     importance,
     lamp_scores,
@@ -164,6 +165,28 @@ def test_a_level_of_another_parent_is_made_again(sweep, workdir, capsys):
     run_main("train_baseline", "--smoke", "--epochs", 1)
     sweep(0.5, 0.8)
     assert "was made before" not in capsys.readouterr().out
+
+
+def test_the_headline_recipe_is_taught_by_the_baseline_and_a_new_one_teaches_anew(
+    sweep, workdir, capsys
+):
+    sweep(0.5, 0.8, "--headline")
+    folder = workdir / "checkpoints/smoke"
+    origin = load_checkpoint(folder / "pruned_80_fp32.pt")["provenance"]
+    assert origin["teacher_sha256"] == sha256(folder / "baseline_fp32.pt")
+    assert origin["parent"] == "pruned_50_fp32"
+    assert origin["arguments"]["distillation"] == HEADLINE_RECIPE["distillation"] > 0
+    run_main("train_baseline", "--smoke", "--epochs", 1)
+    parent = folder / "pruned_50_fp32.pt"
+    capsys.readouterr()
+    sweep(0.8, 0.9, "--headline", "--checkpoint", parent)
+    assert "was made before" not in capsys.readouterr().out
+
+
+def test_a_sweep_is_not_continued_by_another_recipe(sweep, capsys):
+    with pytest.raises(SystemExit):
+        sweep(0.5, 0.8, "--headline", "--resume")
+    assert "pruned_50_fp32.pt was made with distillation 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("levels", [(0.5, 0.5), (0.8, 0.5), (0, 0.5)])

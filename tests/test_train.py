@@ -1,6 +1,7 @@
 """Training: closed-form schedule, bit-reproducible, resumable after kill -9, stopped by a NaN."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,16 +12,16 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_main
 
-from edgecnn.data import load_sample
+from edgecnn.data import load_sample, normalize
 from edgecnn.files import UserError
 from edgecnn.model import EdgeCNN, fold_batch_norm, weight_layers
-from edgecnn.train import Recipe, fit, one_cycle
+from edgecnn.train import TEMPERATURE, Recipe, distillation_loss, fit, one_cycle
 
 
-def trained(epochs=2, seed=3, **keywords):
+def trained(epochs=2, seed=3, distillation=0.0, **keywords):
     torch.manual_seed(seed)
     model = EdgeCNN()
-    recipe = Recipe(epochs, 64, 0.1, seed=seed, start="test")
+    recipe = Recipe(epochs, 64, 0.1, seed=seed, start="test", distillation=distillation)
     history = fit(model, load_sample()[0], recipe, torch.device("cpu"), **keywords)
     return model.state_dict(), history
 
@@ -71,9 +72,41 @@ def test_same_seed_same_bits_other_seed_others():
     assert [row["epoch"] for row in history] == [1, 2] and history[1]["loss"] < history[0]["loss"]
 
 
-def test_resume_in_process_gives_the_same_bits(tmp_path):
+def a_teacher():
+    torch.manual_seed(7)
+    return fold_batch_norm(EdgeCNN())
+
+
+def test_distillation_loss_closed_form():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    assert distillation_loss(logits, logits + 5).item() == pytest.approx(0, abs=1e-6)
+    student, teacher = (torch.tensor([[TEMPERATURE * x, 0.0]]) for x in (1.0, 2.0))
+    p, q = (1 / (1 + math.exp(-x)) for x in (2.0, 1.0))  # of the first class
+    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert distillation_loss(student, teacher).item() == pytest.approx(9 * divergence, rel=1e-5)
+
+
+def test_a_teacher_alone_draws_the_student_to_itself_and_stays_as_it_was():
+    teacher = a_teacher()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    images = normalize(load_sample()[0][0])
+
+    def distance(**keywords):
+        student = EdgeCNN()
+        student.load_state_dict(trained(epochs=6, teacher=teacher, **keywords)[0])
+        with torch.no_grad():
+            return distillation_loss(student.eval()(images), teacher(images)).item()
+
+    assert distance(distillation=1.0) < 0.5 * distance()
+    assert same_bits(before, teacher.state_dict())
+    assert same_bits(trained(teacher=teacher)[0], trained()[0])
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.7])
+def test_resume_in_process_gives_the_same_bits(tmp_path, distillation):
     path = tmp_path / "run.resume.pt"
-    whole, _ = trained(epochs=3)
+    taught = {"distillation": distillation, "teacher": a_teacher()}
+    whole, _ = trained(epochs=3, **taught)
 
     class Stop(Exception):
         pass
@@ -85,8 +118,8 @@ def test_resume_in_process_gives_the_same_bits(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        trained(epochs=3, resume_path=path, after_step=interrupt)
-    resumed, history = trained(epochs=3, resume_path=path, resume=True)
+        trained(epochs=3, resume_path=path, after_step=interrupt, **taught)
+    resumed, history = trained(epochs=3, resume_path=path, resume=True, **taught)
     assert same_bits(whole, resumed) and len(history) == 3
 
 
