@@ -5,6 +5,7 @@
 # make criteria   which pruning criterion spares energy, on the validation split
 # make smoke      the whole chain on a small sample, in the folders named smoke/
 # make reference  three seeds with the controls: the files the README's figures come from
+# make headline   one seed of the longer recipe, unattended; after a stop the same command goes on
 # make benchmark  training throughput, on a quiet machine
 # make CPU=1      CPU-only builds of torch and torchvision, where your package index has them
 
@@ -23,7 +24,7 @@ EMULATED := gcc-arm-none-eabi qemu-system-arm
 # A step's JSON is written last, so it stands for the step; another file of it, lost, forces it again.
 need = $(if $(wildcard $(1)),,FORCE)
 
-.PHONY: all sweep hardware criteria test lint smoke reference benchmark FORCE
+.PHONY: all sweep hardware criteria test lint smoke reference headline benchmark FORCE
 .DELETE_ON_ERROR:
 
 all: results/optimization_results.png
@@ -168,6 +169,42 @@ reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)
 	$(PY) plot_pareto.py $(REFERENCE) --break-even
 	$(PY) plot_pareto.py $(REFERENCE) --layers pruned_90_$(SWEEP_CRITERION)_int8
 	$(PY) plot_pareto.py $(REFERENCE) --budget flash_kb=256 ram_kb=32 accuracy=85
+
+# ---- the headline recipe ------------------------------------------------------------------------
+
+HEADLINE_DONE := checkpoints/headline/.done
+HEADLINE := --run headline --headline --resume
+HEADLINE_PERCENTS := 50 70 80 90 92 95
+HEADLINE_SWEEP := --sparsity 0.5 0.7 0.8 0.9 0.92 0.95 --criterion $(SWEEP_CRITERION)
+HEADLINE_TRAINED := baseline pruned_50 control sweep
+HEADLINE_VARIANTS := baseline pruned_50 control \
+	$(foreach percent,$(HEADLINE_PERCENTS),pruned_$(percent)_$(SWEEP_CRITERION))
+
+$(HEADLINE_DONE)/baseline: train_baseline.py $(TRAINING) | $(INSTALLED)
+	$(PY) train_baseline.py $(HEADLINE)
+	@mkdir -p $(HEADLINE_DONE) && touch $@
+
+$(HEADLINE_DONE)/pruned_50: $(HEADLINE_DONE)/baseline prune_finetune.py
+	$(PY) prune_finetune.py $(HEADLINE)
+	@touch $@
+
+# The dense network of a level's effort, distillation included.
+$(HEADLINE_DONE)/control: $(HEADLINE_DONE)/baseline prune_finetune.py
+	$(PY) prune_finetune.py $(HEADLINE) --sparsity 0
+	@touch $@
+
+$(HEADLINE_DONE)/sweep: $(HEADLINE_DONE)/baseline prune_finetune.py
+	$(PY) prune_finetune.py $(HEADLINE) $(HEADLINE_SWEEP)
+	@touch $@
+
+$(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%): $(HEADLINE_DONE)/int8-%: \
+		$(HEADLINE_TRAINED:%=$(HEADLINE_DONE)/%) quantize.py
+	$(PY) quantize.py --checkpoint checkpoints/headline/$*_fp32.pt
+	@touch $@
+
+headline: $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%)
+	$(PY) evaluate.py --run headline
+	$(PY) plot_pareto.py --run headline
 
 # ---- which criterion: on the validation split, at equal effort -----------------------------------
 

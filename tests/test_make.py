@@ -147,6 +147,32 @@ def test_criteria_are_tried_on_the_validation_split_a_run_at_a_time(clone):
     assert steps(clone, "criteria").count("prune_finetune.py") == 2
 
 
+def test_the_headline_run_goes_on_where_it_stopped(clone):
+    variants = ["baseline", "pruned_50", "control"]
+    variants += [f"pruned_{percent}_energy" for percent in (50, 70, 80, 90, 92, 95)]
+    trained = ["train_baseline.py", *["prune_finetune.py"] * 3]
+    shown = ["evaluate.py", "plot_pareto.py"]
+    assert steps(clone, "headline") == [*trained, *["quantize.py"] * len(variants), *shown]
+    done = clone / "checkpoints/headline/.done"
+    done.mkdir(parents=True)
+    for stamp in ("baseline", "pruned_50"):
+        (done / stamp).touch()
+    assert steps(clone, "headline")[:3] == ["prune_finetune.py", "prune_finetune.py", "quantize.py"]
+    for stamp in ("control", "sweep", *(f"int8-{variant}" for variant in variants)):
+        (done / stamp).touch()
+    assert steps(clone, "headline") == shown
+    os.utime(clone / "edgecnn/train.py", (4e9, 4e9))
+    assert steps(clone, "headline")[:4] == trained
+
+
+def test_every_training_step_of_the_headline_run_can_be_resumed(clone):
+    command = ["make", "--dry-run", "headline"]
+    lines = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout
+    training = [line for line in lines.splitlines() if "train_base" in line or "prune_fine" in line]
+    assert len(training) == 4
+    assert all("--run headline --headline --resume" in line for line in training)
+
+
 @pytest.mark.parametrize("name", ["table.md", "optimization_results.svg"])
 def test_a_lost_result_is_made_again(clone, name):
     finish(clone)
