@@ -172,6 +172,10 @@ reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)
 
 # ---- the headline recipe ------------------------------------------------------------------------
 
+# Not yet run as a whole. Run so far: its parts, shorter, on the validation split
+# (benchmarks/ablation.py), and its commands with --smoke. From 20 s an epoch on two quiet cores, a
+# third more with the teacher, one seed should take about an hour and a quarter.
+
 HEADLINE_DONE := checkpoints/headline/.done
 HEADLINE := --run headline --headline --resume
 HEADLINE_PERCENTS := 50 70 80 90 92 95

@@ -1,0 +1,209 @@
+"""What each part of the headline recipe adds, on the validation split: a trial a row, one part each.
+
+Reads   data/ (45,000 training images; accuracy is that of the other 5,000, never the test set)
+Writes  checkpoints/ablation/<trial>.pt  results/ablation/<trial>.json  results/ablation/table.md
+
+    python benchmarks/ablation.py                  # every trial, in order; finished ones are kept
+    python benchmarks/ablation.py --seed 1 one_shot_90 distilled_90
+    python benchmarks/ablation.py --smoke          # a minute, on a small real sample
+
+A pruned trial starts from the one that it names; the dense one teaches. `averaged` is the same run
+seen through a moving average of its weights and BN statistics, tracked beside it.
+"""
+
+import copy
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from edgecnn.checkpoint import write_torch
+from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
+from edgecnn.data import load_training
+from edgecnn.files import (
+    UserError,
+    checkpoints_dir,
+    read_json,
+    require_writable,
+    results_dir,
+    user_errors_exit_2,
+    write_json,
+    write_text,
+)
+from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from edgecnn.train import Recipe, accuracy_percent, environment, fit, pick_device
+from evaluate import markdown_table
+from mac_hooks import count_macs
+from prune_finetune import hold_zeros, layer_sparsity_percent, prune_globally
+
+RUN = "ablation"
+BATCH_SIZE = 256
+DECAYS = (0.99, 0.998, 0.9995)  # of the moving averages, a step: horizons of 100 to 2,000 steps
+RAMP_STEPS = 22  # between two prunings of a ramp: an eighth of an epoch
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training run; what differs from the row it is compared with is the part on trial."""
+
+    epochs: int
+    learning_rate: float
+    parent: str | None = None  # the trial that is pruned
+    sparsity: float = 0.0
+    criterion: str = "energy"
+    ramp: bool = False  # zeros rise over the first half, instead of all at the start
+    distillation: float = 0.0
+
+
+TEACHER = "dense_30"
+TRIALS = {
+    "dense_30": Trial(30, 0.2),
+    "one_shot_90": Trial(8, 0.1, "dense_30", 0.9),
+    "distilled_90": Trial(8, 0.1, "dense_30", 0.9, distillation=0.7),
+    "ramped_distilled_90": Trial(8, 0.1, "dense_30", 0.9, ramp=True, distillation=0.7),
+    "distilled_90_fast": Trial(8, 0.2, "dense_30", 0.9, distillation=0.7),
+    "distilled_90_slow": Trial(8, 0.05, "dense_30", 0.9, distillation=0.7),
+    "distilled_95": Trial(8, 0.1, "distilled_90", 0.95, distillation=0.7),
+}
+
+
+class Averages:
+    """Moving averages of a model's weights and statistics, one a decay, from where it starts."""
+
+    def __init__(self, model):
+        self.models = {decay: copy.deepcopy(model) for decay in DECAYS}
+
+    @torch.no_grad()
+    def update(self, model):
+        state = model.state_dict()
+        for decay, average in self.models.items():
+            for name, value in average.state_dict().items():
+                if value.is_floating_point():
+                    value.lerp_(state[name], 1 - decay)
+
+
+def ramped(sparsity: float, progress: float) -> float:
+    """The share of zeros after a share of the run; all of them from its middle on.
+
+    Source: Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1.
+    """
+    return sparsity * (1 - (1 - min(1.0, 2 * progress)) ** 3)
+
+
+def name_of(trial: str, seed: int) -> str:
+    """A trial's file name, without its ending."""
+    return f"{trial}_seed{seed}" if seed else trial
+
+
+def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
+    """The network that a trial left; raises UserError where it is missing."""
+    path = checkpoints_dir(run) / f"{name_of(name, seed)}.pt"
+    if not path.exists():
+        raise UserError(f"{path} is missing; name the trial {name} first")
+    model = EdgeCNN()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[list[dict], dict]:
+    """Train `model` in place; its history, and the validation accuracy of its averages by decay."""
+    train, validation = data
+    share = 0.0 if trial.ramp else trial.sparsity
+    masks = prune_globally(model, share, trial.criterion)
+    averages, step = Averages(model), 0
+    steps = trial.epochs * max(1, len(train[1]) // BATCH_SIZE)
+
+    def after_step():
+        nonlocal step
+        step += 1
+        if trial.ramp and (step % RAMP_STEPS == 0 or step == steps):
+            model.to(memory_format=torch.contiguous_format)  # as torch's pruning needs it
+            share = ramped(trial.sparsity, step / steps)
+            masks.update(prune_globally(model, share, trial.criterion))
+            model.to(memory_format=torch.channels_last)
+        hold_zeros(model, masks)
+        averages.update(model)
+
+    parts = trial.epochs, BATCH_SIZE, trial.learning_rate, seed, trial.parent or "random weights"
+    recipe = Recipe(*parts, distillation=trial.distillation)
+    history = fit(model, train, recipe, device, validation, after_step=after_step, teacher=teacher)
+    averaged = {}
+    for decay, average in averages.models.items():
+        hold_zeros(average, masks)
+        averaged[str(decay)] = accuracy_percent(average, validation, device)
+    return history, averaged
+
+
+def run_trial(name: str, trial: Trial, seed: int, run: str, data, device) -> None:
+    """Train a row; write its weights, then its JSON."""
+    torch.manual_seed(seed)
+    model = load_trial(trial.parent, seed, run) if trial.parent else EdgeCNN()
+    teacher = fold_batch_norm(load_trial(TEACHER, seed, run)) if trial.distillation else None
+    history, averaged = train_trial(model, teacher, trial, seed, data, device)
+    result = {
+        "trial": name,
+        "seed": seed,
+        **asdict(trial),
+        "validation_accuracy_percent": history[-1]["validation_accuracy_percent"],
+        "averaged_validation_accuracy_percent": averaged,
+        "macs_nonzero": count_macs(model, IMAGE_SHAPE).nonzero_macs,
+        "layer_sparsity_percent": layer_sparsity_percent(model),
+        **environment(device),
+        "history": history,
+    }
+    write_torch(checkpoints_dir(run) / f"{name_of(name, seed)}.pt", model.state_dict())
+    write_json(results_dir(run) / f"{name_of(name, seed)}.json", result)
+
+
+def table(results: list[dict]) -> str:
+    """A line a trial, in the order of TRIALS, then by seed."""
+    order = list(TRIALS)
+    results = sorted(results, key=lambda r: (order.index(r["trial"]), r["seed"]))
+    header = ["Trial", "Seed", "Epochs", "Peak rate", "Zeros %", "Distillation", "Non-zero MACs M"]
+    header += ["Validation accuracy %", *(f"averaged, {decay:g}" for decay in DECAYS)]
+    lines = [
+        [
+            *(r["trial"], str(r["seed"]), str(r["epochs"]), f"{r['learning_rate']:g}"),
+            *(f"{100 * r['sparsity']:g}{' ramp' * r['ramp']}", f"{r['distillation']:g}"),
+            *(f"{r['macs_nonzero'] / 1e6:.2f}", f"{r['validation_accuracy_percent']:.2f}"),
+            *(f"{r['averaged_validation_accuracy_percent'][str(decay)]:.2f}" for decay in DECAYS),
+        ]
+        for r in results
+    ]
+    return markdown_table(header, lines) + "\n"
+
+
+@user_errors_exit_2
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "trials",
+        nargs="*",
+        choices=[[], *TRIALS],
+        metavar="TRIAL",
+        help=f"any of {', '.join(TRIALS)} (default: all)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="(default: 0)")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: data)")
+    parser.add_argument("--smoke", action="store_true", help="two epochs on the small sample")
+    args = parser.parse_args()
+    device, run = pick_device("auto"), "smoke" if args.smoke else RUN
+    require_writable(checkpoints_dir(run), results_dir(run))
+    data = load_training(args.data_dir, holdout=True, smoke=args.smoke)
+    for name in args.trials or TRIALS:
+        trial = replace(TRIALS[name], epochs=SMOKE_EPOCHS) if args.smoke else TRIALS[name]
+        if (results_dir(run) / f"{name_of(name, args.seed)}.json").exists():
+            print(f"{name_of(name, args.seed)} was made before: kept")
+        else:
+            run_trial(name, trial, args.seed, run, data, device)
+    paths = [results_dir(run) / f"{name_of(n, s)}.json" for n in TRIALS for s in range(10)]
+    text = table([read_json(path, "this script") for path in paths if path.exists()])
+    write_text(results_dir(run) / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
