@@ -170,8 +170,9 @@ def test_a_level_of_another_parent_is_made_again(sweep, workdir, capsys):
 def test_the_headline_recipe_is_taught_by_the_baseline_and_a_new_one_teaches_anew(
     sweep, workdir, capsys
 ):
-    sweep(0.5, 0.8, "--headline")
     folder = workdir / "checkpoints/smoke"
+    (folder / "pruned_50_fp32.pt").unlink()  # of the default recipe
+    sweep(0.5, 0.8, "--headline")
     origin = load_checkpoint(folder / "pruned_80_fp32.pt")["provenance"]
     assert origin["teacher_sha256"] == sha256(folder / "baseline_fp32.pt")
     assert origin["parent"] == "pruned_50_fp32"
