@@ -64,7 +64,6 @@ TRIALS = {
     "one_shot_90": Trial(8, 0.1, "dense_30", 0.9),
     "distilled_90": Trial(8, 0.1, "dense_30", 0.9, distillation=0.7),
     "ramped_distilled_90": Trial(8, 0.1, "dense_30", 0.9, ramp=True, distillation=0.7),
-    "distilled_90_fast": Trial(8, 0.2, "dense_30", 0.9, distillation=0.7),
     "distilled_90_slow": Trial(8, 0.05, "dense_30", 0.9, distillation=0.7),
     "distilled_95": Trial(8, 0.1, "distilled_90", 0.95, distillation=0.7),
 }
