@@ -42,7 +42,6 @@ from prune_finetune import hold_zeros, layer_sparsity_percent, prune_globally
 RUN = "ablation"
 BATCH_SIZE = 256
 DECAYS = (0.99, 0.998, 0.9995)  # of the moving averages, a step: horizons of 100 to 2,000 steps
-RAMP_STEPS = 22  # between two prunings of a ramp: an eighth of an epoch
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Trial:
     parent: str | None = None  # the trial that is pruned
     sparsity: float = 0.0
     criterion: str = "energy"
-    ramp: bool = False  # zeros rise over the first half, instead of all at the start
     distillation: float = 0.0
 
 
@@ -63,7 +61,6 @@ TRIALS = {
     "dense_30": Trial(30, 0.2),
     "one_shot_90": Trial(8, 0.1, "dense_30", 0.9),
     "distilled_90": Trial(8, 0.1, "dense_30", 0.9, distillation=0.7),
-    "ramped_distilled_90": Trial(8, 0.1, "dense_30", 0.9, ramp=True, distillation=0.7),
     "distilled_90_slow": Trial(8, 0.05, "dense_30", 0.9, distillation=0.7),
     "distilled_95": Trial(8, 0.1, "distilled_90", 0.95, distillation=0.7),
 }
@@ -84,14 +81,6 @@ class Averages:
                     value.lerp_(state[name], 1 - decay)
 
 
-def ramped(sparsity: float, progress: float) -> float:
-    """The share of zeros after a share of the run; all of them from its middle on.
-
-    Source: Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1.
-    """
-    return sparsity * (1 - (1 - min(1.0, 2 * progress)) ** 3)
-
-
 def name_of(trial: str, seed: int) -> str:
     """A trial's file name, without its ending."""
     return f"{trial}_seed{seed}" if seed else trial
@@ -110,19 +99,10 @@ def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
 def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[list[dict], dict]:
     """Train `model` in place; its history, and the validation accuracy of its averages by decay."""
     train, validation = data
-    share = 0.0 if trial.ramp else trial.sparsity
-    masks = prune_globally(model, share, trial.criterion)
-    averages, step = Averages(model), 0
-    steps = trial.epochs * max(1, len(train[1]) // BATCH_SIZE)
+    masks = prune_globally(model, trial.sparsity, trial.criterion)
+    averages = Averages(model)
 
     def after_step():
-        nonlocal step
-        step += 1
-        if trial.ramp and (step % RAMP_STEPS == 0 or step == steps):
-            model.to(memory_format=torch.contiguous_format)  # as torch's pruning needs it
-            share = ramped(trial.sparsity, step / steps)
-            masks.update(prune_globally(model, share, trial.criterion))
-            model.to(memory_format=torch.channels_last)
         hold_zeros(model, masks)
         averages.update(model)
 
@@ -166,7 +146,7 @@ def table(results: list[dict]) -> str:
     lines = [
         [
             *(r["trial"], str(r["seed"]), str(r["epochs"]), f"{r['learning_rate']:g}"),
-            *(f"{100 * r['sparsity']:g}{' ramp' * r['ramp']}", f"{r['distillation']:g}"),
+            *(f"{100 * r['sparsity']:g}", f"{r['distillation']:g}"),
             *(f"{r['macs_nonzero'] / 1e6:.2f}", f"{r['validation_accuracy_percent']:.2f}"),
             *(f"{r['averaged_validation_accuracy_percent'][str(decay)]:.2f}" for decay in DECAYS),
         ]

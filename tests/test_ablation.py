@@ -2,18 +2,11 @@
 
 import json
 
-import pytest
 import torch
 from conftest import run_main
 
-from benchmarks.ablation import DECAYS, TRIALS, Averages, ramped
+from benchmarks.ablation import DECAYS, TRIALS, Averages
 from edgecnn.model import EdgeCNN
-
-
-def test_ramp_rises_to_its_level_by_the_middle_of_the_run():
-    shares = [ramped(0.9, progress / 10) for progress in range(11)]
-    assert shares[0] == 0 and shares[5:] == [0.9] * 6
-    assert shares == sorted(shares) and ramped(0.9, 0.25) == pytest.approx(0.9 * 7 / 8)
 
 
 def test_averages_forget_their_start_at_their_decay():
