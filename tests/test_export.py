@@ -344,6 +344,15 @@ def test_a_run_without_int8_checkpoints(copy, capsys):
     assert "python quantize.py" in fails(capsys, copy, "export_edge", "--smoke")
 
 
+def test_all_images_decide_where_the_first_ones_miss_a_bar(copy, monkeypatch, capsys):
+    monkeypatch.setattr(export_edge, "agrees", lambda parity: parity["parity_images"] > 50)
+    arguments = ("--checkpoint", "checkpoints/smoke/baseline_int8.pt", "--images", 50)
+    run_main("export_edge", "--smoke", *arguments)
+    assert "50 images do not settle it, taking 130" in capsys.readouterr().out
+    result = json.loads((copy / "results/smoke/edge/baseline_int8.json").read_text())
+    assert result["parity_images"] == 130
+
+
 def test_missing_packages_are_named(copy, capsys, monkeypatch, checkpoint):
     monkeypatch.setitem(importlib.sys.modules, "tflite_micro", None)
     monkeypatch.setitem(importlib.sys.modules, "tflite_micro.python.tflite_micro", None)
