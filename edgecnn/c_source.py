@@ -25,7 +25,6 @@ from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, w
 FIRMWARE = REPOSITORY / "firmware"
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 COMPILE_TIMEOUT_S = 120
-STORAGES = ("dense", "sparse", "balanced")
 # Share of zeros from which a sparse kernel took fewer Cortex-M4 instructions than this dense one.
 BREAK_EVEN = {"conv_direct": 0.40, "conv_winograd": 0.66}
 MEMORY_TYPES = {"int8": ("uint8_t", "int8_t"), "fp32": ("float", "float")}  # activations, ends
