@@ -172,33 +172,36 @@ reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)
 
 # ---- the headline recipe ------------------------------------------------------------------------
 
-# Not yet run as a whole. Run so far: its parts, shorter, on the validation split
-# (benchmarks/ablation.py), and its commands with --smoke. From 20 s an epoch on two quiet cores, a
-# third more with the teacher, one seed should take about an hour and a quarter.
-
+# Stamps, as for reference: a fresh clone trains anew, a stopped run goes on where it was.
 HEADLINE_DONE := checkpoints/headline/.done
 HEADLINE := --run headline --headline --resume
-HEADLINE_PERCENTS := 50 70 80 90 92 95
-HEADLINE_SWEEP := --sparsity 0.5 0.7 0.8 0.9 0.92 0.95 --criterion $(SWEEP_CRITERION)
+HEADLINE_PERCENTS := 80 90 93 95
+HEADLINE_SWEEP := --sparsity 0.8 0.9 0.93 0.95 --criterion $(SWEEP_CRITERION)
+# Longer than the 50 % level's: the more zeros, the more there is to recover.
+SWEEP_EPOCHS := 22
 HEADLINE_TRAINED := baseline pruned_50 control sweep
 HEADLINE_VARIANTS := baseline pruned_50 control \
 	$(foreach percent,$(HEADLINE_PERCENTS),pruned_$(percent)_$(SWEEP_CRITERION))
+# For the estimate of the time left: the epochs of the 50 % level and the control that still follow
+# a step, and of the four levels of the sweep.
+LEVEL_EPOCHS := $(shell sed -n 's/^HEADLINE_RECIPE.*"epochs": \([0-9]*\).*/\1/p' prune_finetune.py)
+later = --epochs-after $(shell expr $(1) \* $(LEVEL_EPOCHS) + 4 \* $(SWEEP_EPOCHS))
 
 $(HEADLINE_DONE)/baseline: train_baseline.py $(TRAINING) | $(INSTALLED)
-	$(PY) train_baseline.py $(HEADLINE)
+	$(PY) train_baseline.py $(HEADLINE) $(call later,2)
 	@mkdir -p $(HEADLINE_DONE) && touch $@
 
 $(HEADLINE_DONE)/pruned_50: $(HEADLINE_DONE)/baseline prune_finetune.py
-	$(PY) prune_finetune.py $(HEADLINE)
+	$(PY) prune_finetune.py $(HEADLINE) $(call later,1)
 	@touch $@
 
 # The dense network of a level's effort, distillation included.
 $(HEADLINE_DONE)/control: $(HEADLINE_DONE)/baseline prune_finetune.py
-	$(PY) prune_finetune.py $(HEADLINE) --sparsity 0
+	$(PY) prune_finetune.py $(HEADLINE) --sparsity 0 $(call later,0)
 	@touch $@
 
 $(HEADLINE_DONE)/sweep: $(HEADLINE_DONE)/baseline prune_finetune.py
-	$(PY) prune_finetune.py $(HEADLINE) $(HEADLINE_SWEEP)
+	$(PY) prune_finetune.py $(HEADLINE) $(HEADLINE_SWEEP) --epochs $(SWEEP_EPOCHS)
 	@touch $@
 
 $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%): $(HEADLINE_DONE)/int8-%: \
@@ -206,8 +209,13 @@ $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%): $(HEADLINE_DONE)/int8-%: \
 	$(PY) quantize.py --checkpoint checkpoints/headline/$*_fp32.pt
 	@touch $@
 
-headline: $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%)
-	$(PY) evaluate.py --run headline
+$(HEADLINE_DONE)/hardware: $(DEVICE) $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%)
+	$(PY) export_edge.py --run headline --images 10000
+	$(PY) simulate_hardware.py --run headline
+	@touch $@
+
+headline: $(HEADLINE_DONE)/hardware
+	$(PY) evaluate.py --run headline --update-readme
 	$(PY) plot_pareto.py --run headline
 
 # ---- which criterion: on the validation split, at equal effort -----------------------------------

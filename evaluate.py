@@ -39,7 +39,7 @@ from edgecnn.files import (
     write_json,
     write_text,
 )
-from edgecnn.peers import RESNET8
+from edgecnn.peers import ORIGINAL, RESNET8
 
 # What needs torch is imported where it is used: --budget has to answer at once.
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-README_MARKERS = "<!-- table: begin (evaluate.py --update-readme) -->", "<!-- table: end -->"
 README = REPOSITORY / "README.md"
 TEST_SET = "CIFAR-10 test set"
 # simulate_hardware.py's keys begin so; checkpoints never have them.
@@ -71,6 +70,34 @@ CHANGE_KEYS = {
     "control": "accuracy_change_vs_control_points",
     "baseline": "accuracy_change_vs_baseline_points",
 }
+# Against the peer: what, our key, its key, the unit, digits, and whether more is better.
+PEER_AXES = (
+    ("Accuracy %, torch's INT8 kernels", "accuracy_percent", "accuracy_percent", 1, 2, True),
+    ("Accuracy %, tflite-micro", "tflite_micro_accuracy_percent", "accuracy_percent", 1, 2, True),
+    ("Non-zero MACs M, counted", "macs_nonzero", "macs", 1e6, 2, False),
+    *(
+        (f"Ethos-U55-128 {what}, both modelled by Vela", key, key, unit, digits, False)
+        for what, key, unit, digits in (
+            ("cycles", "u55_128_cycles_modelled", 1, 0),
+            ("flash KiB", "u55_128_flash_bytes_modelled", 1024, 1),
+            ("SRAM KiB", "u55_128_sram_bytes_modelled", 1024, 1),
+        )
+    ),
+    *(
+        (f"STM32L4R5 energy uJ: {what}", key, "stm32l4r5_energy_measured_uj", 1, 0, False)
+        for what, key in (
+            ("ours modelled, its measured", "stm32l4r5_energy_modelled_uj"),
+            ("the same, our band's unkind end", "stm32l4r5_energy_modelled_high_uj"),
+        )
+    ),
+)
+# Against the original table: what, its key, our key, the unit.
+ORIGINAL_COLUMNS = (
+    ("accuracy %", "accuracy_percent", "accuracy_percent", 1),
+    ("size MB", "size_mb", "size_bytes", MIB),
+    ("MACs M", "macs_m", "macs_nonzero", 1e6),
+    ("relative energy", "relative_energy", "relative_energy", 1),
+)
 SIGNIFICANCE = 0.05  # of one comparison; the many are not corrected for
 # Hypervolume: what a front gains over a dense FP32 network (4 bytes for each of 620,362 parameters,
 # 10.848768 M MACs x 32 / 8) that guesses.
@@ -525,6 +552,49 @@ def hardware_table(rows: list[dict]) -> str:
     return markdown_table(header, [*lines, peer]) if lines else ""
 
 
+def better_than_peer(row: dict) -> bool:
+    """Whether an INT8 variant beats the peer on every axis, each of which must have been measured."""
+    return row["precision"] == "int8" and all(
+        row.get(key) is not None
+        and (row[key] > RESNET8[theirs] if more else row[key] < RESNET8[theirs])
+        for _, key, theirs, _, _, more in PEER_AXES
+    )
+
+
+def peer_table(rows: list[dict]) -> str:
+    """The most accurate variant that beats the peer on every axis, beside it; empty without one."""
+    winners = [row for row in rows if better_than_peer(row)]
+    if not winners:
+        return ""
+    best = max(winners, key=lambda row: row["accuracy_percent"])
+    lines = [
+        [
+            what,
+            scaled(best, key, unit, digits),
+            scaled(RESNET8, theirs, unit, digits),
+            f"{best[key] / RESNET8[theirs]:.2f}",
+        ]
+        for what, key, theirs, unit, digits, _ in PEER_AXES
+    ]
+    return markdown_table(["Axis", best["variant"], RESNET8["name"], "Ratio"], lines)
+
+
+def original_table(rows: list[dict]) -> str:
+    """The original table's rows with ours beside them; empty where a variant is missing."""
+    ours = {row["variant"]: row for row in rows}
+    if not ORIGINAL.keys() <= ours.keys():
+        return ""
+    header = ["Row of the original table"]
+    header += [f"{what}: {whose}" for what, *_ in ORIGINAL_COLUMNS for whose in ("its", "ours")]
+    lines = []
+    for variant, theirs in ORIGINAL.items():
+        line = [theirs["name"]]
+        for _, key, our_key, unit in ORIGINAL_COLUMNS:
+            line += [scaled(theirs, key, 1, 2), scaled(ours[variant], our_key, unit, 2)]
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
 def all_tables(rows: list[dict]) -> str:
     """table_all.md: every variant of every seed, and every one with figures of a target."""
     return "\n\n".join(filter(None, [variant_table(rows), hardware_table(rows)])) + "\n"
@@ -554,26 +624,33 @@ def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    """table.md and the README's block: headline and front of the lowest seed, statistics over seeds."""
+    """table.md and the README's block: headline and front of the lowest seed, others' figures, seeds."""
     lowest = lowest_seed_rows(rows)
     shown = [row for row in lowest if is_headline(row["variant"]) or not row["dominated_by"]]
     hidden = len(lowest) - len(shown)
     note = f"{hidden} more, dominated, in `table_all.md`." if hidden else ""
-    parts = [variant_table(shown), note, front_note(rows), hardware_table(shown), seed_table(rows)]
+    parts = [variant_table(shown), note, front_note(rows), hardware_table(shown)]
+    parts += [peer_table(lowest), original_table(lowest), seed_table(rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def readme_with(readme: str, block: str) -> str:
-    """The README's text with the block between its two markers replaced.
+def readme_markers(run: str) -> tuple[str, str]:
+    """The README's lines about the table of a run."""
+    command = f"evaluate.py --run {run} --update-readme"
+    return f"<!-- {run} table: begin ({command}) -->", f"<!-- {run} table: end -->"
+
+
+def readme_with(readme: str, block: str, run: str) -> str:
+    """The README's text with the block between the run's two markers replaced.
 
     Raises UserError when a marker is missing.
     """
-    begin, end = README_MARKERS
+    begin, end = readme_markers(run)
     if [readme.count(begin), readme.count(end)] != [1, 1] or readme.index(begin) > readme.index(
         end
     ):
         raise UserError(
-            f"README.md needs the lines `{begin}` and `{end}`, once each; put them back"
+            f"README.md needs the lines `{begin}` and `{end}`, once each; put them there"
         )
     head, tail = readme.split(begin)[0], readme.split(end)[1]
     return f"{head}{begin}\n{block}{end}{tail}"
@@ -637,7 +714,7 @@ def parse_arguments():
     parser.add_argument(
         "--update-readme",
         action="store_true",
-        help="also put the table between the README's two markers",
+        help="also put the table between the README's two markers of this --run",
     )
     parser.add_argument(
         "--holdout",
@@ -692,13 +769,13 @@ def readme_to_update(args) -> str | None:
     """The README's text with --update-readme, checked before any work; raises UserError."""
     if not args.update_readme:
         return None
-    if args.smoke or args.holdout or args.checkpoints:
-        raise UserError("--update-readme takes a whole run on the test set, nothing else")
+    if args.smoke or args.holdout or args.checkpoints or not args.run:
+        raise UserError("--update-readme takes a whole --run on the test set, nothing else")
     try:
         readme = README.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {README.name}: {error.strerror}") from None
-    readme_with(readme, "")
+    readme_with(readme, "", args.run)
     return readme
 
 
@@ -754,7 +831,7 @@ def main():
     table = write_tables(folder, rows, hardware)
     print(f"\n{table}")
     if readme is not None:
-        write_text(README, readme_with(readme, table))
+        write_text(README, readme_with(readme, table, args.run))
     print(f"wrote metrics.json, table.md and table_all.md in {folder}")
 
 

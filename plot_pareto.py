@@ -51,7 +51,7 @@ from edgecnn.files import (
     results_dir,
     user_errors_exit_2,
 )
-from edgecnn.peers import RESNET8
+from edgecnn.peers import ORIGINAL, RESNET8
 
 # ---------------------------------------------------------------------------------------------
 # Constants
@@ -130,11 +130,16 @@ CI_KEYS = ("accuracy_ci95_low_percent", "accuracy_ci95_high_percent")  # optiona
 STYLES = {"fp32": ("o", "#0072B2"), "int8": ("s", "#D55E00")}
 OTHER_STYLE = ("D", "#009E73")
 # Points from elsewhere: legend text, marker, accuracy (%), then one cost a panel, in axis units.
-# Original project: its own table as published; its pruned MACs and sizes were assumed, not counted.
 REFERENCES = [
-    ("original project: FP32", "+", 78.73, (2.37, 10.85, 43.40)),
-    ("original project: INT8", "x", 78.49, (0.64, 10.85, 10.85)),
-    ("original project: pruned 50 %", "v", 80.74, (1.19, 5.42, 21.70)),
+    (
+        f"original project: {row['name']}",
+        marker,
+        row["accuracy_percent"],
+        (row["size_mb"], row["macs_m"], row["relative_energy"]),
+    )
+    for marker, row in zip("+xv", ORIGINAL.values(), strict=True)
+]
+REFERENCES += [
     (
         RESNET8["name"],
         "*",

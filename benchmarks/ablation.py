@@ -11,14 +11,15 @@ A pruned trial starts from the one that it names; the dense one teaches. `averag
 seen through a moving average of its weights and BN statistics, tracked beside it.
 """
 
-import copy
+import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgecnn.checkpoint import write_torch
 from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
@@ -34,51 +35,55 @@ from edgecnn.files import (
     write_text,
 )
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
-from edgecnn.train import Recipe, accuracy_percent, environment, fit, pick_device
+from edgecnn.train import (
+    WEIGHT_DECAY,
+    Recipe,
+    accuracy_percent,
+    environment,
+    fit,
+    pick_device,
+)
 from evaluate import markdown_table
 from mac_hooks import count_macs
 from prune_finetune import hold_zeros, layer_sparsity_percent, prune_globally
 
 RUN = "ablation"
 BATCH_SIZE = 256
-DECAYS = (0.99, 0.998, 0.9995)  # of the moving averages, a step: horizons of 100 to 2,000 steps
+DECAYS = (0.99, 0.998)  # of the moving averages, a step: horizons of 100 and 500 steps
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A training run; what differs from the row it is compared with is the part on trial."""
+    """A training run; what differs from the row it is held against is the part on trial."""
 
     epochs: int
-    learning_rate: float
+    learning_rate: float  # the peak
     parent: str | None = None  # the trial that is pruned
     sparsity: float = 0.0
     criterion: str = "energy"
     distillation: float = 0.0
+    weight_decay: float = WEIGHT_DECAY
+    against: str | None = None
 
 
 TEACHER = "dense_30"
+DENSE = Trial(30, 0.2)
+PRUNED = Trial(8, 0.1, TEACHER, 0.9)
+DISTILLED = replace(PRUNED, distillation=0.7, against="one_shot_90")
+LATER = replace(DISTILLED, against="distilled_90")
 TRIALS = {
-    "dense_30": Trial(30, 0.2),
-    "one_shot_90": Trial(8, 0.1, "dense_30", 0.9),
-    "distilled_90": Trial(8, 0.1, "dense_30", 0.9, distillation=0.7),
-    "distilled_90_slow": Trial(8, 0.05, "dense_30", 0.9, distillation=0.7),
-    "distilled_95": Trial(8, 0.1, "distilled_90", 0.95, distillation=0.7),
+    "dense_30": DENSE,
+    "one_shot_90": PRUNED,
+    "distilled_90": DISTILLED,
+    "distilled_90_slow": replace(LATER, learning_rate=0.05),
+    "distilled_90_decay": replace(LATER, weight_decay=1e-4),
+    "distilled_95": replace(DISTILLED, parent="distilled_90", sparsity=0.95, against=None),
 }
 
 
-class Averages:
-    """Moving averages of a model's weights and statistics, one a decay, from where it starts."""
-
-    def __init__(self, model):
-        self.models = {decay: copy.deepcopy(model) for decay in DECAYS}
-
-    @torch.no_grad()
-    def update(self, model):
-        state = model.state_dict()
-        for decay, average in self.models.items():
-            for name, value in average.state_dict().items():
-                if value.is_floating_point():
-                    value.lerp_(state[name], 1 - decay)
+def moving_average(model: EdgeCNN, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and BN statistics, from the first update on."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def name_of(trial: str, seed: int) -> str:
@@ -100,19 +105,19 @@ def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[
     """Train `model` in place; its history, and the validation accuracy of its averages by decay."""
     train, validation = data
     masks = prune_globally(model, trial.sparsity, trial.criterion)
-    averages = Averages(model)
+    averages = {decay: moving_average(model, decay) for decay in DECAYS}
 
     def after_step():
         hold_zeros(model, masks)
-        averages.update(model)
+        for average in averages.values():
+            average.update_parameters(model)
 
     parts = trial.epochs, BATCH_SIZE, trial.learning_rate, seed, trial.parent or "random weights"
-    recipe = Recipe(*parts, distillation=trial.distillation)
+    recipe = Recipe(*parts, weight_decay=trial.weight_decay, distillation=trial.distillation)
     history = fit(model, train, recipe, device, validation, after_step=after_step, teacher=teacher)
     averaged = {}
-    for decay, average in averages.models.items():
-        hold_zeros(average, masks)
-        averaged[str(decay)] = accuracy_percent(average, validation, device)
+    for decay, average in averages.items():
+        averaged[str(decay)] = accuracy_percent(average.module, validation, device)
     return history, averaged
 
 
@@ -137,21 +142,58 @@ def run_trial(name: str, trial: Trial, seed: int, run: str, data, device) -> Non
     write_json(results_dir(run) / f"{name_of(name, seed)}.json", result)
 
 
-def table(results: list[dict]) -> str:
-    """A line a trial, in the order of TRIALS, then by seed."""
-    order = list(TRIALS)
-    results = sorted(results, key=lambda r: (order.index(r["trial"]), r["seed"]))
-    header = ["Trial", "Seed", "Epochs", "Peak rate", "Zeros %", "Distillation", "Non-zero MACs M"]
-    header += ["Validation accuracy %", *(f"averaged, {decay:g}" for decay in DECAYS)]
-    lines = [
-        [
-            *(r["trial"], str(r["seed"]), str(r["epochs"]), f"{r['learning_rate']:g}"),
-            *(f"{100 * r['sparsity']:g}", f"{r['distillation']:g}"),
-            *(f"{r['macs_nonzero'] / 1e6:.2f}", f"{r['validation_accuracy_percent']:.2f}"),
-            *(f"{r['averaged_validation_accuracy_percent'][str(decay)]:.2f}" for decay in DECAYS),
-        ]
-        for r in results
+def part(trial: Trial) -> str:
+    """What a trial changes of the one it is held against, as `distillation 0.7 for 0`; or a dash."""
+    if not trial.against:
+        return "-"
+    other = TRIALS[trial.against]
+    names = [field.name for field in fields(Trial) if field.name != "against"]
+    pairs = {name: (getattr(trial, name), getattr(other, name)) for name in names}
+    changes = [
+        f"{n} {ours:g} for {theirs:g}" for n, (ours, theirs) in pairs.items() if ours != theirs
     ]
+    return ", ".join(changes).replace("_", " ")
+
+
+def table(results: list[dict]) -> str:
+    """A line a trial, in the order of TRIALS: every seed's accuracy, and the change on the same seed."""
+    found = {(r["trial"], r["seed"]): r for r in results}
+
+    def accuracy(name: str, seed: int) -> float:
+        return found[name, seed]["validation_accuracy_percent"]
+
+    lines = []
+    for name, trial in TRIALS.items():
+        seeds = sorted(seed for other, seed in found if other == name)
+        runs = [found[name, seed] for seed in seeds]
+        if not runs:
+            continue
+        both = [seed for seed in seeds if (trial.against, seed) in found]
+        changes = [accuracy(name, seed) - accuracy(trial.against, seed) for seed in both]
+        averaged = [
+            statistics.mean(
+                run["averaged_validation_accuracy_percent"][str(decay)]
+                - run["validation_accuracy_percent"]
+                for run in runs
+            )
+            for decay in DECAYS
+        ]
+        macs = statistics.mean(run["macs_nonzero"] for run in runs)
+        lines.append(
+            [
+                *(name, trial.against or "-", part(trial), str(trial.epochs)),
+                *(f"{100 * trial.sparsity:g}", f"{macs / 1e6:.2f}"),
+                ", ".join(f"{accuracy(name, seed):.2f}" for seed in seeds),
+                ", ".join(f"{change:+.2f}" for change in changes) or "-",
+                f"{statistics.mean(changes):+.2f}" if changes else "-",
+                " / ".join(f"{change:+.2f}" for change in averaged),
+            ]
+        )
+    header = (
+        "Trial;Against;Part on trial;Epochs;Zeros %;Non-zero MACs M;Validation accuracy %, a seed;"
+        "Change, points, a seed;Mean change;"
+    ).split(";")
+    header[-1] = f"Averaged weights, decay {' / '.join(map(str, DECAYS))}: change"
     return markdown_table(header, lines) + "\n"
 
 

@@ -119,6 +119,13 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
         help="continue an interrupted run of the same arguments; starts anew where there is none",
     )
     parser.add_argument(
+        "--epochs-after",
+        type=int,
+        default=0,
+        metavar="N",
+        help="epochs that later commands will train, for the estimate of the time left (default: 0)",
+    )
+    parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",

@@ -13,3 +13,29 @@ RESNET8 = {
     "u55_128_flash_bytes_modelled": round(77.4 * 1024),
     "stm32l4r5_energy_measured_uj": 5496,
 }
+
+# The table that this project started from, as published, by the variant of ours that answers a row.
+# Its pruned MACs and sizes were assumed (half of the dense ones), not counted. MB are 2^20 bytes.
+ORIGINAL = {
+    "baseline_fp32": {
+        "name": "FP32",
+        "accuracy_percent": 78.73,
+        "size_mb": 2.37,
+        "macs_m": 10.85,
+        "relative_energy": 43.40,
+    },
+    "baseline_int8": {
+        "name": "INT8",
+        "accuracy_percent": 78.49,
+        "size_mb": 0.64,
+        "macs_m": 10.85,
+        "relative_energy": 10.85,
+    },
+    "pruned_50_fp32": {
+        "name": "pruned 50 %",
+        "accuracy_percent": 80.74,
+        "size_mb": 1.19,
+        "macs_m": 5.42,
+        "relative_energy": 21.70,
+    },
+}

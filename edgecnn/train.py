@@ -171,12 +171,14 @@ def fit(
     resume: bool = False,
     after_step=lambda: None,
     teacher: nn.Module | None = None,
+    epochs_after: int = 0,
 ) -> list[dict]:
     """Train `model` in place and return its history, a row an epoch.
 
     The state after every epoch goes to `resume_path`; with `resume` the run continues from it and
     ends with the same bits as an uninterrupted one. `after_step` runs after every optimizer step.
     `teacher`, in evaluation mode, is what recipe.distillation needs; recipe.start tells which.
+    `epochs_after` is how many will follow elsewhere, for the printed estimate of the time left.
     Raises UserError on a non-finite loss or a resume file of other arguments.
     """
     keep_freed_memory()
@@ -205,12 +207,14 @@ def fit(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             run = {"recipe": asdict(recipe), "source": source, "history": history}
             write_torch(resume_path, {**state, **run})
-        left = (recipe.epochs - epoch - 1) * row["seconds"]
+        left, seconds = recipe.epochs - epoch - 1, row["seconds"]
+        in_all = f", {(left + epochs_after) * seconds / 60:.0f} min with the steps to come"
         tqdm.write(
             f"epoch {row['epoch']}/{recipe.epochs}  loss {row['loss']:.4f}  "
             f"train {row['train_accuracy_percent']:.2f} %"
             + (f"  validation {row['validation_accuracy_percent']:.2f} %" if validation else "")
-            + f"  {row['seconds']:.1f} s  about {left:.0f} s left"
+            + f"  {seconds:.1f} s  about {left * seconds:.0f} s left"
+            + (in_all if epochs_after else "")
         )
         sys.stdout.flush()
     return history

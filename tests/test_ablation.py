@@ -5,25 +5,24 @@ import json
 import torch
 from conftest import run_main
 
-from benchmarks.ablation import DECAYS, TRIALS, Averages
+from benchmarks.ablation import DECAYS, TRIALS, moving_average, table
 from edgecnn.model import EdgeCNN
 
 
-def test_averages_forget_their_start_at_their_decay():
+def test_a_moving_average_starts_with_the_first_weights_and_forgets_them_at_its_decay():
     torch.manual_seed(0)
     model = EdgeCNN()
-    averages = Averages(model)
+    average = moving_average(model, 0.9)
+    average.update_parameters(model)
+    start = model.fc2.bias.detach().clone()
     with torch.no_grad():
         model.fc2.bias += 1
         model.block1.bn.running_mean += 1
-    start = model.fc2.bias - 1
     for _ in range(3):
-        averages.update(model)
-    for decay in DECAYS:
-        average = averages.models[decay]
-        torch.testing.assert_close(average.fc2.bias, start + (1 - decay**3), atol=1e-6, rtol=0)
-        expected = torch.full((32,), 1 - decay**3)
-        torch.testing.assert_close(average.block1.bn.running_mean, expected, atol=1e-6, rtol=0)
+        average.update_parameters(model)
+    torch.testing.assert_close(average.module.fc2.bias.data, start + (1 - 0.9**3))
+    expected = torch.full((32,), 1 - 0.9**3)
+    torch.testing.assert_close(average.module.block1.bn.running_mean, expected)
 
 
 def test_every_trial_runs_and_ends_at_its_zeros(workdir, capsys):
@@ -40,3 +39,23 @@ def test_every_trial_runs_and_ends_at_its_zeros(workdir, capsys):
     capsys.readouterr()
     run_main("benchmarks.ablation", "--smoke", "distilled_95")
     assert "distilled_95 was made before: kept" in capsys.readouterr().out
+
+
+def test_the_table_holds_a_trial_against_the_other_on_the_same_seed():
+    def result(trial, seed, accuracy):
+        averaged = {str(decay): accuracy + 0.25 for decay in DECAYS}
+        return {
+            "trial": trial,
+            "seed": seed,
+            "macs_nonzero": 2e6,
+            "validation_accuracy_percent": accuracy,
+            "averaged_validation_accuracy_percent": averaged,
+        }
+
+    accuracies = {("one_shot_90", 0): 87.0, ("one_shot_90", 1): 88.0, ("distilled_90", 1): 88.5}
+    lines = table([result(*key, accuracy) for key, accuracy in accuracies.items()]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [line[0] for line in cells] == ["one_shot_90", "distilled_90"]
+    assert cells[0][6:9] == ["87.00, 88.00", "-", "-"]
+    assert cells[1][1:3] == ["one_shot_90", "distillation 0.7 for 0"]
+    assert cells[1][6:] == ["88.50", "+0.50", "+0.50", "+0.25 / +0.25"]

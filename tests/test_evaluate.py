@@ -10,15 +10,20 @@ from conftest import REPOSITORY, run_main
 
 from edgecnn.checkpoint import load_checkpoint, sha256
 from edgecnn.files import NAME_PATTERN, variant_name
+from edgecnn.peers import ORIGINAL, RESNET8
 from evaluate import (
-    README_MARKERS,
+    PEER_AXES,
     REFERENCE_POINT,
     all_tables,
+    better_than_peer,
     compare,
     dominates,
     gains,
     mcnemar_p,
+    original_table,
+    peer_table,
     per_seed,
+    readme_markers,
     readme_with,
     signed,
     tables,
@@ -246,6 +251,41 @@ def test_main_table_is_headline_and_front_the_other_all():
     assert [cell.strip() for cell in bare[-4:-2]] == ["-", "-"]
 
 
+def beating(**changes):
+    """A row that is better than the peer by a hair on every axis, but for `changes`."""
+    figures = {
+        key: RESNET8[theirs] + (0.01 if more else -1) for _, key, theirs, *_, more in PEER_AXES
+    }
+    return {"variant": "pruned_93_int8", "precision": "int8", **figures, **changes}
+
+
+def test_the_peer_is_beaten_on_every_axis_or_not_at_all():
+    assert better_than_peer(beating()) and not better_than_peer(beating(precision="fp32"))
+    for _, key, theirs, *_ in PEER_AXES:
+        assert not better_than_peer(beating(**{key: RESNET8[theirs]}))  # a tie is no victory
+        assert not better_than_peer(beating(**{key: None}))  # nor is "not measured"
+    assert peer_table([beating(u55_128_flash_bytes_modelled=10**6)]) == ""
+    rows = [beating(variant="smaller"), beating(variant="better", accuracy_percent=88.5)]
+    table = peer_table(rows).splitlines()
+    assert "better" in table[0] and len(table) == 2 + len(PEER_AXES)
+    assert [cell.strip() for cell in table[2].split("|")[2:5]] == ["88.50", "86.97", "1.02"]
+
+
+def test_the_original_table_stands_beside_ours_row_by_row():
+    ours = {
+        "accuracy_percent": 85.0,
+        "size_bytes": 2**20,
+        "macs_nonzero": 5e6,
+        "relative_energy": 7,
+    }
+    rows = [ours | {"variant": variant} for variant in ORIGINAL]
+    lines = original_table(rows).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2] == "pruned 50 %;80.74;85.00;1.19;1.00;5.42;5.00;21.70;7.00".split(";")
+    assert [line[0] for line in cells] == ["FP32", "INT8", "pruned 50 %"]
+    assert original_table(rows[1:]) == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -302,34 +342,44 @@ def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):
 
 
 def test_readme_block_is_replaced_and_nothing_else():
-    begin, end = README_MARKERS
-    text = readme_with(f"before\n{begin}\nold\n{end}\nafter\n", "| new |\n")
-    assert text == f"before\n{begin}\n| new |\n{end}\nafter\n"
+    begin, end = readme_markers("mine")
+    other = "\n".join(readme_markers("other"))
+    text = readme_with(f"{other}\n{begin}\nold\n{end}\nafter\n", "| new |\n", "mine")
+    assert text == f"{other}\n{begin}\n| new |\n{end}\nafter\n"
 
 
-# ---- the committed run -------------------------------------------------------------------------
+# ---- the committed runs ------------------------------------------------------------------------
 
 
-def test_readme_table_is_the_committed_runs(reference_rows):
-    block = tables(reference_rows)
-    assert (REFERENCE / "table.md").read_text() == block
-    assert (REFERENCE / "table_all.md").read_text() == all_tables(reference_rows)
+@pytest.fixture(scope="module", params=["reference"])
+def committed(request):
+    """(a committed run's name, its results folder, the rows of its metrics.json)."""
+    folder = REPOSITORY / "results" / request.param
+    return request.param, folder, json.loads((folder / "metrics.json").read_text())
+
+
+def test_readme_table_is_the_committed_runs(committed):
+    run, folder, rows = committed
+    block = tables(rows)
+    assert (folder / "table.md").read_text() == block
+    assert (folder / "table_all.md").read_text() == all_tables(rows)
     readme = (REPOSITORY / "README.md").read_text()
-    assert readme_with(readme, block) == readme
+    assert readme_with(readme, block, run) == readme
 
 
-def test_committed_checkpoints_are_the_ones_that_were_measured(reference_rows):
-    seed_0 = [r for r in reference_rows if r["seed"] == 0]
-    assert {r["variant"] for r in seed_0} >= {*HEADLINE, "control_fp32", "pruned_50_l1_fp32"}
+def test_committed_checkpoints_are_the_ones_that_were_measured(committed):
+    seed_0 = [r for r in committed[2] if r["seed"] == 0]
+    assert {r["variant"] for r in seed_0} >= {*HEADLINE, "control_fp32", "control_int8"}
     for r in seed_0:
         path = REPOSITORY / r["checkpoint"]
         assert sha256(path) == r["checkpoint_sha256"] and path.stat().st_size == r["size_bytes"]
         assert load_checkpoint(path)["precision"] == r["precision"]
 
 
-def test_every_committed_row_has_its_own_json(reference_rows):
-    for r in reference_rows:
-        stage = json.loads((REFERENCE / f"{r['variant']}.json").read_text())
+def test_every_committed_row_has_its_own_json(committed):
+    _, folder, rows = committed
+    for r in rows:
+        stage = json.loads((folder / f"{r['variant']}.json").read_text())
         assert stage["checkpoint_sha256"] == r["checkpoint_sha256"]
         assert stage["commit"] == r["trained_commit"]
         # Seeds 1 and 2 ran when a result that a run had rewritten still counted as a changed source.
@@ -363,7 +413,7 @@ def test_numbers_in_the_readme_prose_are_in_the_committed_json(reference_rows):
     rows = {r["variant"]: r for r in reference_rows}
     speed = json.loads((REFERENCE / "training_speed.json").read_text())
     rows |= {"training_speed": speed["summary"], "time_to_target": speed["time_to_target"][-1]}
-    quoted = re.findall(r"`([\w-]+)\.(\w+)` = ([\d.,]+\d)", readme)
+    quoted = re.findall(r"`([\w/-]+)\.(\w+)` = ([\d.,]+\d)", readme)
     assert quoted
     for variant, key, figure in quoted:
         value = float(figure.replace(",", ""))

@@ -187,7 +187,10 @@ def test_the_headline_recipe_is_taught_by_the_baseline_and_a_new_one_teaches_ane
 def test_a_sweep_is_not_continued_by_another_recipe(sweep, capsys):
     with pytest.raises(SystemExit):
         sweep(0.5, 0.8, "--headline", "--resume")
-    assert "pruned_50_fp32.pt was made with distillation 0.0" in capsys.readouterr().err
+    assert (
+        "pruned_50_fp32.pt was made with weight_decay 0.0005, distillation 0.0"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("levels", [(0.5, 0.5), (0.8, 0.5), (0, 0.5)])
