@@ -70,24 +70,24 @@ CHANGE_KEYS = {
     "control": "accuracy_change_vs_control_points",
     "baseline": "accuracy_change_vs_baseline_points",
 }
-# Against the peer: what, our key, its key, the unit, digits, and whether more is better.
+# Against the peer: what, our key, the peer's key, the unit, digits, and whether more is better.
 PEER_AXES = (
-    ("Accuracy %, torch's INT8 kernels", "accuracy_percent", "accuracy_percent", 1, 2, True),
-    ("Accuracy %, tflite-micro", "tflite_micro_accuracy_percent", "accuracy_percent", 1, 2, True),
-    ("Non-zero MACs M, counted", "macs_nonzero", "macs", 1e6, 2, False),
+    ("Accuracy %, peer's as published", "accuracy_percent", "accuracy_percent", 1, 2, True),
+    ("by tflite-micro", "tflite_micro_accuracy_percent", "accuracy_percent", 1, 2, True),
+    ("Non-zero MACs M, of the peer all", "macs_nonzero", "macs", 1e6, 2, False),
     *(
-        (f"Ethos-U55-128 {what}, both modelled by Vela", key, key, unit, digits, False)
+        (what, key, key, unit, digits, False)
         for what, key, unit, digits in (
-            ("cycles", "u55_128_cycles_modelled", 1, 0),
-            ("flash KiB", "u55_128_flash_bytes_modelled", 1024, 1),
-            ("SRAM KiB", "u55_128_sram_bytes_modelled", 1024, 1),
+            ("Ethos-U55-128 cycles, modelled", "u55_128_cycles_modelled", 1, 0),
+            ("its flash KiB, modelled", "u55_128_flash_bytes_modelled", 1024, 1),
+            ("its SRAM KiB, modelled", "u55_128_sram_bytes_modelled", 1024, 1),
         )
     ),
     *(
-        (f"STM32L4R5 energy uJ: {what}", key, "stm32l4r5_energy_measured_uj", 1, 0, False)
+        (what, key, "stm32l4r5_energy_measured_uj", 1, 0, False)
         for what, key in (
-            ("ours modelled, its measured", "stm32l4r5_energy_modelled_uj"),
-            ("the same, our band's unkind end", "stm32l4r5_energy_modelled_high_uj"),
+            ("STM32L4R5 energy uJ, modelled, peer's measured", "stm32l4r5_energy_modelled_uj"),
+            ("the same, unkind end of our band", "stm32l4r5_energy_modelled_high_uj"),
         )
     ),
 )
@@ -95,7 +95,7 @@ PEER_AXES = (
 ORIGINAL_COLUMNS = (
     ("accuracy %", "accuracy_percent", "accuracy_percent", 1),
     ("size MB", "size_mb", "size_bytes", MIB),
-    ("MACs M", "macs_m", "macs_nonzero", 1e6),
+    ("non-zero MACs M", "macs_m", "macs_nonzero", 1e6),
     ("relative energy", "relative_energy", "relative_energy", 1),
 )
 SIGNIFICANCE = 0.05  # of one comparison; the many are not corrected for
@@ -227,6 +227,7 @@ def evaluate_checkpoint(
         "relative_energy": round(energy_score(report.nonzero_macs, bits), 4),
         "relative_energy_dense": round(energy_score(report.macs, bits), 4),
         **energy_columns(report, bits),
+        "epochs": origin["arguments"].get("epochs"),
         "parent": origin["parent"],
         "checkpoint": str(path),
         "checkpoint_sha256": sha256(path),
@@ -323,16 +324,16 @@ def gains(row: dict) -> tuple[float, float, float]:
 
 
 def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
-    """Whether a pruned variant was fine-tuned once from the weights that its control started from.
+    """Whether a pruned variant was fine-tuned once, as long as its control and from the same weights.
 
     The same fine-tuning without pruning is what it has to be held against; later levels of a sweep
     took more.
     """
-    starts = []
-    for variant in (row, control):
-        fp32 = variant if variant["precision"] == "fp32" else by_name.get(variant["parent"])
-        starts.append(fp32 and fp32["parent_sha256"])
-    return row["method"].startswith("pruned") and None not in starts and starts[0] == starts[1]
+    fp32 = [v if v["precision"] == "fp32" else by_name.get(v["parent"]) for v in (row, control)]
+    if not row["method"].startswith("pruned") or None in fp32:
+        return False
+    start, epochs = ([v.get(key) for v in fp32] for key in ("parent_sha256", "epochs"))
+    return start[0] is not None and start[0] == start[1] and epochs[0] == epochs[1]
 
 
 def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
@@ -552,36 +553,46 @@ def hardware_table(rows: list[dict]) -> str:
     return markdown_table(header, [*lines, peer]) if lines else ""
 
 
-def better_than_peer(row: dict) -> bool:
-    """Whether an INT8 variant beats the peer on every axis, each of which must have been measured."""
-    return row["precision"] == "int8" and all(
-        row.get(key) is not None
-        and (row[key] > RESNET8[theirs] if more else row[key] < RESNET8[theirs])
-        for _, key, theirs, _, _, more in PEER_AXES
+def better_axes(row: dict) -> list[bool]:
+    """On which of PEER_AXES a variant beats the peer; what was not measured beats nothing."""
+    whole = row | (
+        {}
+        if row.get("tflite_micro_images") == row["test_images"]
+        else {"tflite_micro_accuracy_percent": None}
     )
+    return [
+        whole.get(key) is not None
+        and (whole[key] > RESNET8[theirs] if more else whole[key] < RESNET8[theirs])
+        for _, key, theirs, _, _, more in PEER_AXES
+    ]
 
 
 def peer_table(rows: list[dict]) -> str:
-    """The most accurate variant that beats the peer on every axis, beside it; empty without one."""
-    winners = [row for row in rows if better_than_peer(row)]
-    if not winners:
-        return ""
-    best = max(winners, key=lambda row: row["accuracy_percent"])
-    lines = [
-        [
-            what,
-            scaled(best, key, unit, digits),
-            scaled(RESNET8, theirs, unit, digits),
-            f"{best[key] / RESNET8[theirs]:.2f}",
-        ]
-        for what, key, theirs, unit, digits, _ in PEER_AXES
+    """INT8 variants with figures of a target, the peer, and on how many axes (bold) it is beaten.
+
+    Empty without such a variant, or where accuracy is not that of the test set.
+    """
+    shown = [
+        row
+        for row in rows
+        if row.get("precision") == "int8"
+        and row.get("test_set") == TEST_SET
+        and any(key.startswith(HARDWARE_KEYS) for key in row)
     ]
-    return markdown_table(["Axis", best["variant"], RESNET8["name"], "Ratio"], lines)
+    lines = []
+    for row in shown:
+        better = better_axes(row)
+        cells = [scaled(row, key, unit, digits) for _, key, _, unit, digits, _ in PEER_AXES]
+        cells = [f"**{cell}**" if won else cell for cell, won in zip(cells, better, strict=True)]
+        lines.append([row["variant"], *cells, f"{sum(better)} of {len(better)}"])
+    peer = [scaled(RESNET8, theirs, unit, digits) for _, _, theirs, unit, digits, _ in PEER_AXES]
+    header = ["Against ResNet-8", *(what for what, *_ in PEER_AXES), "Better on"]
+    return markdown_table(header, [*lines, [f"*{RESNET8['name']}*", *peer, "-"]]) if lines else ""
 
 
 def original_table(rows: list[dict]) -> str:
-    """The original table's rows with ours beside them; empty where a variant is missing."""
-    ours = {row["variant"]: row for row in rows}
+    """The original table's rows with ours beside them; empty where one is missing or no test set."""
+    ours = {row["variant"]: row for row in rows if row.get("test_set") == TEST_SET}
     if not ORIGINAL.keys() <= ours.keys():
         return ""
     header = ["Row of the original table"]
@@ -630,7 +641,7 @@ def tables(rows: list[dict]) -> str:
     hidden = len(lowest) - len(shown)
     note = f"{hidden} more, dominated, in `table_all.md`." if hidden else ""
     parts = [variant_table(shown), note, front_note(rows), hardware_table(shown)]
-    parts += [peer_table(lowest), original_table(lowest), seed_table(rows)]
+    parts += [peer_table(shown), original_table(lowest), seed_table(rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

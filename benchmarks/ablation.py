@@ -181,7 +181,7 @@ def table(results: list[dict]) -> str:
         macs = statistics.mean(run["macs_nonzero"] for run in runs)
         lines.append(
             [
-                *(name, trial.against or "-", part(trial), str(trial.epochs)),
+                *(name, trial.against or "-", part(trial), str(len(runs[0]["history"]))),
                 *(f"{100 * trial.sparsity:g}", f"{macs / 1e6:.2f}"),
                 ", ".join(f"{accuracy(name, seed):.2f}" for seed in seeds),
                 ", ".join(f"{change:+.2f}" for change in changes) or "-",

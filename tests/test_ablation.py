@@ -48,6 +48,7 @@ def test_the_table_holds_a_trial_against_the_other_on_the_same_seed():
             "trial": trial,
             "seed": seed,
             "macs_nonzero": 2e6,
+            "history": [{}] * 8,
             "validation_accuracy_percent": accuracy,
             "averaged_validation_accuracy_percent": averaged,
         }

@@ -14,8 +14,9 @@ from edgecnn.peers import ORIGINAL, RESNET8
 from evaluate import (
     PEER_AXES,
     REFERENCE_POINT,
+    TEST_SET,
     all_tables,
-    better_than_peer,
+    better_axes,
     compare,
     dominates,
     gains,
@@ -98,6 +99,8 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
         row("pruned_50_fp32", 85.5, 1000, 20.0, parent="baseline_fp32", parent_sha256="older"),
         row("control_fp32", 85.75, 2000, 40.0, parent="baseline_fp32", parent_sha256="older"),
         row("control_seed1_fp32", 80.0, 2000, 40.0),
+        row("pruned_80_fp32", 85.6, 1500, 9.0, parent="baseline_fp32", parent_sha256="older")
+        | {"epochs": 22},
         row("pruned_90_fp32", 84.0, 1000, 5.0, parent="pruned_50_fp32", parent_sha256="other"),
     ]
     named = {r["variant"]: r for r in compare(rows, hits_of(rows))}
@@ -105,7 +108,8 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
     assert named["pruned_50_fp32"]["accuracy_change_points"] is None  # its parent was retrained
     assert named["pruned_50_fp32"]["accuracy_change_vs_control_points"] == -0.25
     assert named["baseline_fp32"]["accuracy_change_vs_control_points"] is None
-    # A later level of a sweep took more effort than the control.
+    # Longer, or later in a sweep: more effort than the control's.
+    assert named["pruned_80_fp32"]["accuracy_change_vs_control_points"] is None
     assert named["pruned_90_fp32"]["accuracy_change_vs_control_points"] is None
     assert named["baseline_fp32"]["dominated_by"] == "control_fp32"
     assert named["baseline_seed1_fp32"]["dominated_by"] is None
@@ -253,26 +257,30 @@ def test_main_table_is_headline_and_front_the_other_all():
 
 def beating(**changes):
     """A row that is better than the peer by a hair on every axis, but for `changes`."""
-    figures = {
-        key: RESNET8[theirs] + (0.01 if more else -1) for _, key, theirs, *_, more in PEER_AXES
-    }
-    return {"variant": "pruned_93_int8", "precision": "int8", **figures, **changes}
+    row = {"variant": "ours_int8", "precision": "int8", "test_set": TEST_SET}
+    row |= {"test_images": 10_000, "tflite_micro_images": 10_000}
+    figures = {key: RESNET8[theirs] + (0.01 if up else -1) for _, key, theirs, *_, up in PEER_AXES}
+    return row | figures | changes
 
 
-def test_the_peer_is_beaten_on_every_axis_or_not_at_all():
-    assert better_than_peer(beating()) and not better_than_peer(beating(precision="fp32"))
-    for _, key, theirs, *_ in PEER_AXES:
-        assert not better_than_peer(beating(**{key: RESNET8[theirs]}))  # a tie is no victory
-        assert not better_than_peer(beating(**{key: None}))  # nor is "not measured"
-    assert peer_table([beating(u55_128_flash_bytes_modelled=10**6)]) == ""
-    rows = [beating(variant="smaller"), beating(variant="better", accuracy_percent=88.5)]
-    table = peer_table(rows).splitlines()
-    assert "better" in table[0] and len(table) == 2 + len(PEER_AXES)
-    assert [cell.strip() for cell in table[2].split("|")[2:5]] == ["88.50", "86.97", "1.02"]
+def test_the_peer_is_beaten_axis_by_axis():
+    assert all(better_axes(beating()))
+    for i, (_, key, theirs, *_) in enumerate(PEER_AXES):
+        for figure in (RESNET8[theirs], None):  # neither a tie nor "not measured" is a victory
+            better = better_axes(beating(**{key: figure}))
+            assert not better[i] and sum(better) == len(PEER_AXES) - 1
+    assert sum(better_axes(beating(tflite_micro_images=1000))) == len(PEER_AXES) - 1
+    rows = [beating(), beating(variant="worse", accuracy_percent=86.5), beating(precision="fp32")]
+    table = [[cell.strip() for cell in line.split("|")] for line in peer_table(rows).splitlines()]
+    assert [line[1] for line in table[2:]] == ["ours_int8", "worse", f"*{RESNET8['name']}*"]
+    assert [line[2] for line in table[2:]] == ["**86.98**", "86.50", "86.97"]
+    assert [line[-2] for line in table[2:]] == ["8 of 8", "7 of 8", "-"]
+    assert peer_table([beating(test_set="validation split")]) == ""
 
 
 def test_the_original_table_stands_beside_ours_row_by_row():
     ours = {
+        "test_set": TEST_SET,
         "accuracy_percent": 85.0,
         "size_bytes": 2**20,
         "macs_nonzero": 5e6,
@@ -284,6 +292,7 @@ def test_the_original_table_stands_beside_ours_row_by_row():
     assert cells[2] == "pruned 50 %;80.74;85.00;1.19;1.00;5.42;5.00;21.70;7.00".split(";")
     assert [line[0] for line in cells] == ["FP32", "INT8", "pruned 50 %"]
     assert original_table(rows[1:]) == ""
+    assert original_table([r | {"test_set": "validation split"} for r in rows]) == ""
 
 
 @pytest.mark.parametrize(
