@@ -183,9 +183,9 @@ HEADLINE_TRAINED := baseline pruned_50 control sweep
 HEADLINE_VARIANTS := baseline pruned_50 control \
 	$(foreach percent,$(HEADLINE_PERCENTS),pruned_$(percent)_$(SWEEP_CRITERION))
 # For the estimate of the time left: the epochs of the 50 % level and the control that still follow
-# a step, and of the four levels of the sweep.
+# a step, and of the levels of the sweep.
 LEVEL_EPOCHS := $(shell sed -n 's/^HEADLINE_RECIPE.*"epochs": \([0-9]*\).*/\1/p' prune_finetune.py)
-later = --epochs-after $(shell expr $(1) \* $(LEVEL_EPOCHS) + 4 \* $(SWEEP_EPOCHS))
+later = --epochs-after $(shell expr $(1) \* $(LEVEL_EPOCHS) + $(words $(HEADLINE_PERCENTS)) \* $(SWEEP_EPOCHS))
 
 $(HEADLINE_DONE)/baseline: train_baseline.py $(TRAINING) | $(INSTALLED)
 	$(PY) train_baseline.py $(HEADLINE) $(call later,2)
@@ -195,7 +195,7 @@ $(HEADLINE_DONE)/pruned_50: $(HEADLINE_DONE)/baseline prune_finetune.py
 	$(PY) prune_finetune.py $(HEADLINE) $(call later,1)
 	@touch $@
 
-# The dense network of a level's effort, distillation included.
+# The dense network of the 50 % level's effort, distillation included.
 $(HEADLINE_DONE)/control: $(HEADLINE_DONE)/baseline prune_finetune.py
 	$(PY) prune_finetune.py $(HEADLINE) --sparsity 0 $(call later,0)
 	@touch $@

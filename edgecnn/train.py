@@ -208,13 +208,13 @@ def fit(
             run = {"recipe": asdict(recipe), "source": source, "history": history}
             write_torch(resume_path, {**state, **run})
         left, seconds = recipe.epochs - epoch - 1, row["seconds"]
-        in_all = f", {(left + epochs_after) * seconds / 60:.0f} min with the steps to come"
+        later = f", with later training {(left + epochs_after) * seconds / 60:.0f} min"
         tqdm.write(
             f"epoch {row['epoch']}/{recipe.epochs}  loss {row['loss']:.4f}  "
             f"train {row['train_accuracy_percent']:.2f} %"
             + (f"  validation {row['validation_accuracy_percent']:.2f} %" if validation else "")
             + f"  {seconds:.1f} s  about {left * seconds:.0f} s left"
-            + (in_all if epochs_after else "")
+            + (later if epochs_after else "")
         )
         sys.stdout.flush()
     return history

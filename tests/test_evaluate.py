@@ -71,6 +71,11 @@ def reference_rows():
     return json.loads((REFERENCE / "metrics.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def headline_rows():
+    return json.loads((REPOSITORY / "results/headline/metrics.json").read_text())
+
+
 # ---- arithmetic --------------------------------------------------------------------------------
 
 
@@ -360,7 +365,7 @@ def test_readme_block_is_replaced_and_nothing_else():
 # ---- the committed runs ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["reference"])
+@pytest.fixture(scope="module", params=["reference", "headline"])
 def committed(request):
     """(a committed run's name, its results folder, the rows of its metrics.json)."""
     folder = REPOSITORY / "results" / request.param
@@ -416,12 +421,41 @@ def test_committed_figures_meet_the_bars(reference_rows):
     assert half["accuracy_percent"] >= rows["baseline_fp32"]["accuracy_percent"] - 0.3
 
 
-def test_numbers_in_the_readme_prose_are_in_the_committed_json(reference_rows):
+def test_the_headline_run_meets_its_bars(headline_rows):
+    rows = {r["variant"]: r for r in headline_rows}
+    assert all(r["test_images"] == 10_000 for r in headline_rows)
+    dense, dense_int8 = rows["baseline_fp32"], rows["baseline_int8"]
+    assert dense["accuracy_percent"] >= 89.3 and dense["size_bytes"] <= 2.38 * 2**20
+    assert abs(dense_int8["accuracy_change_points"]) <= 0.2
+    assert dense_int8["size_bytes"] <= 0.64 * 2**20
+    half = rows["pruned_50_fp32"]
+    assert half["accuracy_percent"] >= dense["accuracy_percent"]
+    assert half["accuracy_change_vs_control_points"] is not None
+    assert half["macs_nonzero"] <= 5.43e6 and half["size_bytes"] <= 1.19 * 2**20
+    sparse = rows["pruned_90_energy_int8"]
+    assert sparse["accuracy_percent"] >= 88.3 and sparse["size_bytes"] <= 0.13 * 2**20
+    assert sparse["relative_energy"] <= 4.3
+    sparsest = rows["pruned_95_energy_int8"]
+    assert sparsest["accuracy_percent"] >= 87.0 and sparsest["size_bytes"] <= 75_000
+    assert sparsest["weight_stored_bytes"] <= 75_000
+    assert sparsest["m4_instructions"] <= 2.0e6 + 2.5 * sparsest["macs_nonzero"]
+    winner = rows["pruned_93_energy_int8"]
+    assert all(better_axes(winner)) and winner["accuracy_percent"] >= 87.65
+    assert winner["stm32l4r5_energy_modelled_uj"] <= 5496 / 2
+
+
+def test_the_readme_shows_the_ablation():
+    table = (REPOSITORY / "results/ablation/table.md").read_text()
+    assert table in (REPOSITORY / "README.md").read_text()
+
+
+def test_numbers_in_the_readme_prose_are_in_the_committed_json(reference_rows, headline_rows):
     """Every `variant.key` = 12.34 of the prose is the committed JSON's value, rounded."""
     readme = (REPOSITORY / "README.md").read_text()
     rows = {r["variant"]: r for r in reference_rows}
     speed = json.loads((REFERENCE / "training_speed.json").read_text())
     rows |= {"training_speed": speed["summary"], "time_to_target": speed["time_to_target"][-1]}
+    rows |= {f"headline/{r['variant']}": r for r in headline_rows}
     quoted = re.findall(r"`([\w/-]+)\.(\w+)` = ([\d.,]+\d)", readme)
     assert quoted
     for variant, key, figure in quoted:
