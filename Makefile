@@ -222,7 +222,7 @@ headline: $(HEADLINE_DONE)/hardware
 
 TRIED := checkpoints/holdout/.done
 TRIAL := --holdout --sparsity 0.7 0.8 0.9 0.95 --epochs 3
-CRITERIA := l1 l1-normalized lamp energy
+CRITERIA := l1 layer-rank lamp energy
 
 $(TRIED)/baseline: train_baseline.py $(TRAINING) | $(INSTALLED)
 	$(PY) train_baseline.py --holdout --resume
@@ -234,7 +234,7 @@ $(TRIED)/trial-%: $(TRIED)/baseline prune_finetune.py
 
 # The default criterion is left out of a variant's name.
 TRIALS := $(foreach percent,70 80 90 95,pruned_$(percent) \
-	$(foreach criterion,$(filter-out l1-normalized,$(CRITERIA)),pruned_$(percent)_$(criterion)))
+	$(foreach criterion,$(filter-out layer-rank,$(CRITERIA)),pruned_$(percent)_$(criterion)))
 
 $(TRIALS:%=$(TRIED)/int8-%): $(TRIED)/int8-%: $(CRITERIA:%=$(TRIED)/trial-%) quantize.py
 	$(PY) quantize.py --checkpoint checkpoints/holdout/$*_fp32.pt

@@ -22,22 +22,23 @@ from typing import TYPE_CHECKING
 
 from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_run_arguments, run_name
+from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import (
-    DEFAULT_CRITERION,
     MADE_BY,
-    REPOSITORY,
-    UserError,
-    checkpoints_dir,
-    is_headline,
     lowest_seed_rows,
     read_json,
     read_rows,
     require_writable,
-    results_dir,
-    user_errors_exit_2,
-    variant_name,
     write_json,
     write_text,
+)
+from edgecnn.names import (
+    DEFAULT_CRITERION,
+    REPOSITORY,
+    checkpoints_dir,
+    is_always_shown,
+    results_dir,
+    variant_name,
 )
 from edgecnn.peers import ORIGINAL, RESNET8
 
@@ -644,7 +645,7 @@ def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
 def tables(rows: list[dict]) -> str:
     """table.md and the README's block: headline and front of the lowest seed, others' figures, seeds."""
     lowest = lowest_seed_rows(rows)
-    shown = [row for row in lowest if is_headline(row["variant"]) or not row["dominated_by"]]
+    shown = [row for row in lowest if is_always_shown(row["variant"]) or not row["dominated_by"]]
     hidden = len(lowest) - len(shown)
     note = f"{hidden} more, dominated, in `table_all.md`." if hidden else ""
     parts = [variant_table(shown), note, front_note(rows), hardware_table(shown)]

@@ -26,17 +26,10 @@ from edgecnn.c_source import c_source, host_parity, stored_layers
 from edgecnn.checkpoint import load_checkpoint, provenance, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import Split
-from edgecnn.files import (
-    UserError,
-    atomic_path,
-    checkpoints_dir,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-    write_json,
-    write_text,
-)
+from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.files import atomic_path, require_writable, write_json, write_text
 from edgecnn.int8 import integer_logits, quantize_images
+from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 from evaluate import find_checkpoints, load_images
 from quantize import int8_graph, int8_model, set_engine

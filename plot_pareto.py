@@ -39,18 +39,9 @@ from edgecnn.budget import (
     ranked,
 )
 from edgecnn.cli import Parser
-from edgecnn.files import (
-    MADE_BY,
-    NAME_PATTERN,
-    UserError,
-    atomic_path,
-    in_range,
-    is_headline,
-    read_json,
-    read_rows,
-    results_dir,
-    user_errors_exit_2,
-)
+from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.files import MADE_BY, atomic_path, in_range, read_json, read_rows
+from edgecnn.names import NAME_PATTERN, is_always_shown, results_dir
 from edgecnn.peers import ORIGINAL, RESNET8
 
 # ---------------------------------------------------------------------------------------------
@@ -368,7 +359,7 @@ def draw_panel(panel, rows, costs, references) -> None:
     front = pareto_front(costs, accuracies)
     corners = front_corners(costs, accuracies, front, panel.get_xlim()[1])
     panel.plot(*corners.T, color="#444444", lw=1.2, zorder=2)
-    named = [i for i, row in enumerate(rows) if i in front or is_headline(row["variant"])]
+    named = [i for i, row in enumerate(rows) if i in front or is_always_shown(row["variant"])]
     for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
         marker, color = style(row)
         if has_ci(row) and i in named:

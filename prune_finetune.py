@@ -34,16 +34,10 @@ from edgecnn.checkpoint import (
 )
 from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
-from edgecnn.files import (
-    DEFAULT_CRITERION,
-    UserError,
-    checkpoints_dir,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-    variant_name,
-)
+from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.files import require_writable
 from edgecnn.model import IMAGE_SHAPE, fold_batch_norm, weight_layers
+from edgecnn.names import DEFAULT_CRITERION, checkpoints_dir, results_dir, variant_name
 from edgecnn.train import WEIGHT_DECAY, Recipe, environment, fit, pick_device
 from mac_hooks import count_macs, weight_energy_pj
 
@@ -53,7 +47,7 @@ RECIPE |= {"weight_decay": WEIGHT_DECAY, "distillation": 0.0}
 # Teacher and weight decay were tried in benchmarks/ablation.py, at 8 epochs; 15 were not tried.
 HEADLINE_RECIPE = RECIPE | {"epochs": 15, "weight_decay": 1e-4, "distillation": 0.7}
 SPARSITY = 0.5
-CRITERIA = ("l1", "l1-normalized", "lamp", "energy")
+CRITERIA = ("l1", "layer-rank", "lamp", "energy")
 DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight
 # The arguments that decide a level's weights, besides its parent's.
 DECISIVE = (
@@ -82,7 +76,7 @@ def lamp_scores(weight: torch.Tensor) -> torch.Tensor:
 def importance(weight: torch.Tensor, criterion: str, energy_pj: float = 1.0) -> torch.Tensor:
     """Scores of a layer's weights, same shape; the lowest of all layers are pruned, zeros first.
 
-    l1: magnitude. l1-normalized: the magnitude's rank within its layer, in (0, 1], so that one
+    l1: magnitude. layer-rank: the magnitude's rank within its layer, in (0, 1], so that one
     global threshold takes the same share of every layer and MACs fall along with weights.
     lamp: lamp_scores. energy: lamp_scores per picojoule that the weight's removal saves
     (`energy_pj`), so that of two equally dispensable weights the dearer one goes first. Yang et
@@ -91,7 +85,7 @@ def importance(weight: torch.Tensor, criterion: str, energy_pj: float = 1.0) -> 
     magnitude = weight.detach().abs()
     if criterion == "l1":
         return magnitude
-    if criterion == "l1-normalized":
+    if criterion == "layer-rank":
         ranks = torch.empty(magnitude.numel(), dtype=torch.float64)
         ranks[magnitude.flatten().argsort(stable=True)] = torch.arange(
             1, magnitude.numel() + 1, dtype=torch.float64
@@ -178,7 +172,7 @@ def parse_arguments():
         "--criterion",
         choices=CRITERIA,
         default=DEFAULT_CRITERION,
-        help="what goes first: l1 = smallest magnitudes of the network; l1-normalized = lowest "
+        help="what goes first: l1 = smallest magnitudes of the network; layer-rank = lowest "
         "magnitude ranks within a layer; lamp = smallest share of the layer's remaining norm; "
         "energy = lamp per picojoule saved (default: %(default)s)",
     )

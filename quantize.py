@@ -31,14 +31,10 @@ from edgecnn.checkpoint import (
 )
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import load_training, normalize
-from edgecnn.files import (
-    UserError,
-    checkpoints_dir,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-)
+from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.files import require_writable
 from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.train import predict
 
 ENGINE = "qnnpack"  # ARM's engine: what a phone or a Raspberry Pi runs; slow on x86

@@ -22,17 +22,11 @@ from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, s
 from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools
+from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
-from edgecnn.files import (
-    UserError,
-    read_json,
-    read_rows,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-    write_json,
-)
+from edgecnn.files import read_json, read_rows, require_writable, write_json
 from edgecnn.int8 import with_zeros
+from edgecnn.names import results_dir
 from edgecnn.tflite import write_tflite
 from evaluate import find_checkpoints, load_images, write_tables
 

@@ -14,14 +14,10 @@ import torch
 from edgecnn.checkpoint import fp32_tensors, provenance, publish
 from edgecnn.cli import Parser, parse_training_arguments, run_name
 from edgecnn.data import load_training
-from edgecnn.files import (
-    checkpoints_dir,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-    variant_name,
-)
+from edgecnn.errors import user_errors_exit_2
+from edgecnn.files import require_writable
 from edgecnn.model import EdgeCNN
+from edgecnn.names import checkpoints_dir, results_dir, variant_name
 from edgecnn.train import Recipe, environment, fit, pick_device
 
 # The recipe, settled with --holdout.

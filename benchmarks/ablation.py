@@ -24,17 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from edgecnn.checkpoint import write_torch
 from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
 from edgecnn.data import load_training
-from edgecnn.files import (
-    UserError,
-    checkpoints_dir,
-    read_json,
-    require_writable,
-    results_dir,
-    user_errors_exit_2,
-    write_json,
-    write_text,
-)
+from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.files import read_json, require_writable, write_json, write_text
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.train import (
     WEIGHT_DECAY,
     Recipe,

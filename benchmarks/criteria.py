@@ -22,17 +22,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from edgecnn.cli import Parser
+from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import (
-    UserError,
     atomic_path,
     read_json,
     read_rows,
     require_writable,
-    results_dir,
-    user_errors_exit_2,
     write_json,
     write_text,
 )
+from edgecnn.names import results_dir
 from evaluate import markdown_table
 
 # The yardsticks: plain global L1 at these percents of zeros; the first is the one of the picture.
@@ -46,7 +45,7 @@ COSTS = {
 }
 LOOK = {
     "l1": ("o", "#0072B2"),
-    "l1-normalized": ("s", "#E69F00"),
+    "layer-rank": ("s", "#E69F00"),
     "lamp": ("^", "#009E73"),
     "energy": ("D", "#D55E00"),
 }

@@ -33,8 +33,10 @@ from torchvision import transforms
 from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import CROP_PADDING, MEAN, STD, load_training
-from edgecnn.files import results_dir, user_errors_exit_2, write_json
+from edgecnn.errors import user_errors_exit_2
+from edgecnn.files import write_json
 from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
+from edgecnn.names import results_dir
 from edgecnn.train import LABEL_SMOOTHING, MOMENTUM, WEIGHT_DECAY, Recipe, environment, fit
 from mac_hooks import count_macs
 from train_baseline import RECIPE

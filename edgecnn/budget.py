@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from edgecnn.files import MADE_BY, UserError, in_range, lowest_seed_rows
+from edgecnn.errors import UserError
+from edgecnn.files import MADE_BY, in_range, lowest_seed_rows
 
 KB = 1024  # bytes: what the datasheets of microcontrollers mean by a KB or Kbyte
 SHOWN = 3  # names in a line of the answer; the others are counted

@@ -18,9 +18,10 @@ import torch
 
 from edgecnn.checkpoint import fp32_model
 from edgecnn.data import normalize
-from edgecnn.files import REPOSITORY, UserError
+from edgecnn.errors import UserError
 from edgecnn.int8 import integer_logits, quantize_images
 from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, fold_batch_norm, weight_layers
+from edgecnn.names import REPOSITORY
 
 FIRMWARE = REPOSITORY / "firmware"
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]

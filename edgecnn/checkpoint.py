@@ -16,16 +16,10 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config as serialization_config
 
-from edgecnn.files import (
-    NAME_PATTERN,
-    REPOSITORY,
-    UserError,
-    atomic_path,
-    checkpoints_dir,
-    results_dir,
-    write_json,
-)
+from edgecnn.errors import UserError
+from edgecnn.files import atomic_path, write_json
 from edgecnn.model import ARCHITECTURE, EdgeCNN
+from edgecnn.names import NAME_PATTERN, REPOSITORY, checkpoints_dir, criterion_name, results_dir
 from edgecnn.packing import pack, unpack
 
 FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
@@ -188,9 +182,11 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
         raise UserError(
             f"{path} holds the architecture {checkpoint['architecture']}, not {ARCHITECTURE}; {again}"
         )
-    missing = [key for key in ORIGIN_KEYS if key not in checkpoint["provenance"]]
+    origin = checkpoint["provenance"]
+    missing = [key for key in ORIGIN_KEYS if key not in origin]
     if missing:
         raise UserError(f"{path}: its provenance lacks {', '.join(missing)}; {again}")
+    origin["criterion"] = criterion_name(origin["criterion"])
     if checkpoint["precision"] not in PRECISIONS:
         raise UserError(f"{path}: precision {checkpoint['precision']} is not known; {again}")
     if checkpoint["precision"] == "int8" and "quantization" not in checkpoint:

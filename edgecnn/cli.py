@@ -3,7 +3,8 @@
 import argparse
 import re
 
-from edgecnn.files import UserError, checkpoints_dir
+from edgecnn.errors import UserError
+from edgecnn.names import checkpoints_dir
 
 SMOKE_EPOCHS = 2
 

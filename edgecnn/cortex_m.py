@@ -26,7 +26,7 @@ from edgecnn.c_source import (
     stored_layers,
     weight_bytes_read,
 )
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
 INSTALL = "sudo apt-get install gcc-arm-none-eabi qemu-system-arm"

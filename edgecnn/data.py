@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from edgecnn.checkpoint import write_torch
-from edgecnn.files import REPOSITORY, UserError
+from edgecnn.errors import UserError
+from edgecnn.names import REPOSITORY
 
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)

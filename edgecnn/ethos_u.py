@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 ACCELERATOR = "ethos-u55-128"
 TIMEOUT_S = 120  # this network compiles in about two seconds

@@ -1,76 +1,15 @@
-"""Paths, variant names, user errors and atomic files. Imports no torch, so plots start at once."""
+"""Atomic writing and checked reading of text and JSON."""
 
 import contextlib
-import functools
 import json
 import os
-import re
-import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-DEFAULT_CRITERION = "l1-normalized"  # left out of a variant's name, like seed 0
-NAME_PATTERN = re.compile(
-    r"(?P<method>baseline|control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"
-    r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
-)
-
+from edgecnn.errors import UserError
+from edgecnn.names import criterion_name
 
 MADE_BY = "python evaluate.py"  # metrics.json
-HEADLINE = ("baseline", "control", "pruned_50")  # the methods that every table and picture names
-
-
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line on stderr, exit code 2."""
-
-
-def user_errors_exit_2(main):
-    """Wrap a script's main(): what a user causes ends in one clear line instead of a traceback."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped; what was finished is kept", file=sys.stderr)
-            sys.exit(130)
-        except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    return wrapped
-
-
-def checkpoints_dir(run: str = "") -> Path:
-    """`checkpoints/`, or the run's own folder in it (`smoke`, `reference`)."""
-    return Path("checkpoints") / run
-
-
-def results_dir(run: str = "") -> Path:
-    """`results/`, or the run's own folder in it (`smoke`, `reference`)."""
-    return Path("results") / run
-
-
-def variant_name(method: str, precision: str, criterion: str = DEFAULT_CRITERION, seed: int = 0):
-    """One naming scheme: `baseline_fp32`, `control_seed1_int8`, `pruned_50_l1_seed2_int8`.
-
-    method is `baseline`, `control` or `pruned_<percent>`.
-    """
-    parts = [method]
-    if method.startswith("pruned") and criterion != DEFAULT_CRITERION:
-        parts.append(criterion)
-    if seed:
-        parts.append(f"seed{seed}")
-    return "_".join([*parts, precision])
-
-
-def is_headline(variant: str) -> bool:
-    """Whether a variant is one that tables and pictures always name, of whatever seed."""
-    match = NAME_PATTERN.fullmatch(variant)
-    return match is not None and match["method"] in HEADLINE
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -162,6 +101,8 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
         name = row.get("variant")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f'{path}: row {count} has no name under "variant"; run: {MADE_BY}')
+        if "criterion" in row:
+            row["criterion"] = criterion_name(row["criterion"])
         if not isinstance(row.get("seed", 0), int):
             raise UserError(f'{path}: row {count} ({name}): "seed" is no integer; run: {MADE_BY}')
         given = {key: ends for key, ends in (optional or {}).items() if row.get(key) is not None}

@@ -12,7 +12,7 @@ import tempfile
 
 import numpy as np
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.int8 import signed_zero_point
 from edgecnn.model import IMAGE_SHAPE
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from edgecnn.checkpoint import write_torch
 from edgecnn.data import Split, augmented_batches, normalize, pad_reflect
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 MOMENTUM = 0.9  # Nesterov
 WEIGHT_DECAY = 5e-4

@@ -12,7 +12,8 @@ import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
 from edgecnn.checkpoint import load_checkpoint
-from edgecnn.files import UserError, atomic_path
+from edgecnn.errors import UserError
+from edgecnn.files import atomic_path
 from edgecnn.train import Recipe
 
 FOLDER = "checkpoints/smoke"
@@ -130,7 +131,7 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
         ("prune_finetune", ("--sparsity", "-0.1"), "outside [0, 1)"),
         ("prune_finetune", ("--sparsity", "nan"), "outside [0, 1)"),
         ("prune_finetune", ("--sparsity", "half"), "--sparsity"),
-        ("prune_finetune", ("--criterion", "magic"), "l1-normalized"),
+        ("prune_finetune", ("--criterion", "magic"), "layer-rank"),
         ("prune_finetune", ("--epochs", "0"), "at least 1"),
         ("train_baseline", ("--epochs", "0"), "at least 1"),
         ("train_baseline", ("--epochs", "-3"), "at least 1"),

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from edgecnn.budget import BOARDS, LIMITS, answer, distance, excess, nearest, parse_budget, ranked
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 
 def row(variant, accuracy, flash_kb, ram_kb=40, energy_uj=10, macs_m=5, **more):

@@ -6,7 +6,8 @@ import pytest
 from conftest import run_main
 
 from benchmarks.criteria import COSTS, at_equal_accuracy, cost_at, curves, made_up_rows, table
-from edgecnn.files import UserError, read_json
+from edgecnn.errors import UserError
+from edgecnn.files import read_json
 
 KEY = "energy_sram_uj"
 
@@ -53,7 +54,7 @@ def test_smoke_writes_table_figure_and_json(workdir):
     result = read_json(workdir / "results/smoke/criteria.json", "")
     assert {row["criterion"] for row in result["at_equal_accuracy"]} == {
         "l1",
-        "l1-normalized",
+        "layer-rank",
         "lamp",
         "energy",
     }

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from edgecnn import data
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import export_edge
 from edgecnn import ethos_u, tflite
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample, normalize
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.int8 import integer_logits, quantize_images, signed_zero_point, with_zeros
 from edgecnn.tflite import (
     MAX_BIAS,

@@ -10,7 +10,7 @@ import torch
 from edgecnn import c_source, cortex_m
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from quantize import int8_graph, set_engine
 
 needs_emulator = pytest.mark.skipif(

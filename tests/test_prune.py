@@ -10,7 +10,7 @@ from conftest import run_main
 
 from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
 from edgecnn.data import load_sample
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
 from edgecnn.train import Recipe, fit
 from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
@@ -55,7 +55,7 @@ def test_l1_keeps_every_magnitude_above_one_global_threshold():
 def test_normalized_takes_the_smallest_of_each_layer_in_equal_shares():
     torch.manual_seed(0)
     before = [layer.weight.detach().clone() for layer in weight_layers(EdgeCNN()).values()]
-    model, masks = pruned(0.5, "l1-normalized")
+    model, masks = pruned(0.5, "layer-rank")
     for weight, mask in zip(before, masks.values(), strict=True):
         assert abs(int((~mask).sum()) - weight.numel() / 2) <= 1
         assert weight[mask].abs().min() >= weight[~mask].abs().max()
@@ -202,7 +202,7 @@ def test_levels_that_do_not_rise_are_refused(levels, workdir, capsys):
 
 
 def test_zeros_hold_after_every_step_and_kept_weights_move():
-    model, masks = pruned(0.7, "l1-normalized")
+    model, masks = pruned(0.7, "layer-rank")
     start = {name: layer.weight.clone() for name, layer in weight_layers(model).items()}
     steps = []
 

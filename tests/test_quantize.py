@@ -70,7 +70,7 @@ def test_reload_is_bit_equal(parent, images, workdir, smoke):
 
 
 def test_weights_round_to_the_nearest_step_and_zeros_stay_zero(parent):
-    prune_globally(parent, 0.5, "l1-normalized")
+    prune_globally(parent, 0.5, "layer-rank")
     tensors, quantization = to_tensors(quantize_model(parent, load_sample()[0][0], "qnnpack"))
     folded = fold_batch_norm(parent)
     for name in LAYERS:

@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY, run_main
 
 from edgecnn.data import load_sample, normalize
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.model import EdgeCNN, fold_batch_norm, weight_layers
 from edgecnn.train import TEMPERATURE, Recipe, distillation_loss, fit, one_cycle
 
