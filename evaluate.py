@@ -32,15 +32,9 @@ from edgecnn.files import (
     write_json,
     write_text,
 )
-from edgecnn.names import (
-    DEFAULT_CRITERION,
-    REPOSITORY,
-    checkpoints_dir,
-    is_always_shown,
-    results_dir,
-    variant_name,
-)
-from edgecnn.peers import ORIGINAL, RESNET8
+from edgecnn.names import DEFAULT_CRITERION, REPOSITORY, is_always_shown, results_dir, variant_name
+from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
+from edgecnn.tables import markdown_table
 
 # What needs torch is imported where it is used: --budget has to answer at once.
 if TYPE_CHECKING:
@@ -51,7 +45,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 README = REPOSITORY / "README.md"
-TEST_SET = "CIFAR-10 test set"
 # simulate_hardware.py's keys begin so; checkpoints never have them.
 HARDWARE_KEYS = (
     "hardware_",
@@ -130,9 +123,9 @@ def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
 def counted(checkpoint: dict):
     """(the runnable network of a checkpoint, its MacReport as deployed: BN folded into convolutions)."""
     from edgecnn.checkpoint import fp32_model
+    from edgecnn.int8 import int8_model
     from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
     from mac_hooks import count_macs
-    from quantize import int8_model
 
     if checkpoint["precision"] == "int8":
         model = int8_model(checkpoint)
@@ -393,21 +386,6 @@ def sort_key(row: dict):
 
 
 # ---- showing -----------------------------------------------------------------------------------
-
-
-def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, aligned so that it reads in a terminal too; the first column is text."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-
-    def render(cells):
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(f"{'-' * (w + 1)}{'-' if i == 0 else ':'}" for i, w in enumerate(widths))
-    return "\n".join([render(header), f"|{rule}|", *map(render, lines)])
 
 
 def signed(row: dict, name: str) -> str:
@@ -750,27 +728,6 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def find_checkpoints(run: str) -> list[Path]:
-    """Every finished checkpoint of a run; raises UserError when there is none."""
-    folder = checkpoints_dir(run)
-    paths = [path for path in sorted(folder.glob("*.pt")) if not path.stem.endswith(".resume")]
-    paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
-    if not paths:
-        raise UserError(f"no checkpoint in {folder}; make one with: python train_baseline.py")
-    return paths
-
-
-def load_images(args) -> tuple[Split, str]:
-    """The images that judge, and what they are."""
-    from edgecnn.data import load_sample, load_split, load_training
-
-    if args.smoke:
-        return load_sample()[1], "held-out part of the smoke sample (training images)"
-    if getattr(args, "holdout", False):
-        return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
-    return load_split("test", args.data_dir), TEST_SET
-
-
 def require_complete(paths: list[Path], metrics: Path) -> None:
     """Raise UserError where writing `metrics` would lose a variant whose checkpoint is not here."""
     if not metrics.exists():
@@ -813,12 +770,13 @@ def pick(args) -> None:
 def measure(paths: list[Path], args) -> list[dict]:
     """The rows of metrics.json, in the tables' order. Raises UserError before any work."""
     from edgecnn.checkpoint import load_checkpoint, require_unseen_holdout
+    from edgecnn.data import load_judging
     from edgecnn.train import pick_device
 
     for path in paths:  # every file is checked before minutes are spent on the first
         require_unseen_holdout(load_checkpoint(path), args.holdout and not args.smoke)
     device = pick_device(args.device)
-    data, test_set = load_images(args)
+    data, test_set = load_judging(args)
     rows, hits = [], {}
     for path in paths:
         row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
@@ -835,6 +793,8 @@ def main():
     if args.inspect:
         print(inspection(args.inspect))
         return
+    from edgecnn.checkpoint import find_checkpoints
+
     folder = results_dir(run_name(args))
     readme = readme_to_update(args)
     paths = args.checkpoints or find_checkpoints(run_name(args))

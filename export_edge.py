@@ -23,16 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from edgecnn.c_source import c_source, host_parity, stored_layers
-from edgecnn.checkpoint import load_checkpoint, provenance, sha256
+from edgecnn.checkpoint import find_checkpoints, load_checkpoint, provenance, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
-from edgecnn.data import Split
+from edgecnn.data import Split, load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import atomic_path, require_writable, write_json, write_text
-from edgecnn.int8 import integer_logits, quantize_images
+from edgecnn.int8 import int8_graph, int8_model, integer_logits, quantize_images, set_engine
 from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
-from evaluate import find_checkpoints, load_images
-from quantize import int8_graph, int8_model, set_engine
 
 MIN_IMAGES = 25  # fewer would say nothing
 IMAGES = 1000  # about 11 ms an image; all 10,000 for the committed figures
@@ -204,7 +202,7 @@ def main():
         return
     checkpoints = int8_checkpoints(args, run)
     require_writable(folder)
-    data, test_set = load_images(args)
+    data, test_set = load_judging(args)
     few = data[0][: args.images], data[1][: args.images]
     for path, checkpoint in checkpoints.items():
         content, figures = tflite_artifact(path, checkpoint, data, args.images, test_set)

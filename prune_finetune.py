@@ -18,9 +18,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from edgecnn.checkpoint import (
     fp32_model,
@@ -36,10 +34,10 @@ from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import require_writable
-from edgecnn.model import IMAGE_SHAPE, fold_batch_norm, weight_layers
+from edgecnn.model import fold_batch_norm
 from edgecnn.names import DEFAULT_CRITERION, checkpoints_dir, results_dir, variant_name
+from edgecnn.pruning import CRITERIA, hold_zeros, layer_sparsity_percent, prune_globally
 from edgecnn.train import WEIGHT_DECAY, Recipe, environment, fit, pick_device
-from mac_hooks import count_macs, weight_energy_pj
 
 # The fine-tuning recipe, settled with --holdout; distillation is the teacher's share of the loss.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
@@ -47,106 +45,11 @@ RECIPE |= {"weight_decay": WEIGHT_DECAY, "distillation": 0.0}
 # Teacher and weight decay were tried in benchmarks/ablation.py, at 8 epochs; 15 were not tried.
 HEADLINE_RECIPE = RECIPE | {"epochs": 15, "weight_decay": 1e-4, "distillation": 0.7}
 SPARSITY = 0.5
-CRITERIA = ("l1", "layer-rank", "lamp", "energy")
-DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight
 # The arguments that decide a level's weights, besides its parent's.
 DECISIVE = (
     *("sparsity", "criterion", "epochs", "batch_size", "learning_rate", "weight_decay"),
     *("distillation", "seed", "holdout"),
 )
-
-
-# ---- masks -------------------------------------------------------------------------------------
-
-
-def lamp_scores(weight: torch.Tensor) -> torch.Tensor:
-    """Each weight's square over the sum of its own and all larger squares of the layer, in [0, 1].
-
-    Removing in rising order, that is the share of the layer's remaining squared norm which goes.
-    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
-    """
-    squares = weight.detach().double().square().flatten()
-    order = squares.argsort(stable=True)
-    remaining = squares[order].flip(0).cumsum(0).flip(0)
-    scores = torch.zeros_like(squares)
-    scores[order] = (squares[order] / remaining).nan_to_num(0.0)  # 0 / 0 where all are zero
-    return scores.view_as(weight)
-
-
-def importance(weight: torch.Tensor, criterion: str, energy_pj: float = 1.0) -> torch.Tensor:
-    """Scores of a layer's weights, same shape; the lowest of all layers are pruned, zeros first.
-
-    l1: magnitude. layer-rank: the magnitude's rank within its layer, in (0, 1], so that one
-    global threshold takes the same share of every layer and MACs fall along with weights.
-    lamp: lamp_scores. energy: lamp_scores per picojoule that the weight's removal saves
-    (`energy_pj`), so that of two equally dispensable weights the dearer one goes first. Yang et
-    al., CVPR 2017, prune whole layers in the order of their energy; here each weight has a price.
-    """
-    magnitude = weight.detach().abs()
-    if criterion == "l1":
-        return magnitude
-    if criterion == "layer-rank":
-        ranks = torch.empty(magnitude.numel(), dtype=torch.float64)
-        ranks[magnitude.flatten().argsort(stable=True)] = torch.arange(
-            1, magnitude.numel() + 1, dtype=torch.float64
-        )
-        scores = (ranks / magnitude.numel()).view_as(weight)
-        return scores.masked_fill(magnitude == 0, 0.0)  # what an earlier level took stays taken
-    return lamp_scores(weight) / (energy_pj if criterion == "energy" else 1.0)
-
-
-def layer_energy_pj(model: nn.Module) -> dict[str, float]:
-    """What one weight costs an inference, by layer: its MACs and its fetch, weights in SRAM."""
-    rows = {row.name: row for row in count_macs(model, IMAGE_SHAPE).layers}
-    return {
-        name: weight_energy_pj(rows[name].macs // layer.weight.numel(), DEPLOYED_BITS)
-        for name, layer in weight_layers(model).items()
-    }
-
-
-def prune_globally(model: nn.Module, sparsity: float, criterion: str) -> dict[str, torch.Tensor]:
-    """Zero the given share of all weights (biases and BN excluded), exact to one weight.
-
-    Returns the masks by layer: bool, True where a weight is kept. Weights that are zero already go
-    first, so a mask only shrinks. Raises UserError when more of them are zero than asked for.
-    """
-    layers, prices = weight_layers(model), layer_energy_pj(model)
-    zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
-    count = sum(layer.weight.numel() for layer in layers.values())
-    if zeros > round(sparsity * count):
-        raise UserError(
-            f"{100 * zeros / count:.2f} % of the weights are zero already; "
-            f"give a --sparsity above that, or a --checkpoint with fewer zeros"
-        )
-    prune.global_unstructured(
-        [(layer, "weight") for layer in layers.values()],
-        prune.L1Unstructured,
-        importance_scores={
-            (layer, "weight"): importance(layer.weight, criterion, prices[name])
-            for name, layer in layers.items()
-        },
-        amount=sparsity,
-    )
-    masks = {name: layer.weight_mask.bool() for name, layer in layers.items()}
-    for layer in layers.values():
-        prune.remove(layer, "weight")
-    hold_zeros(model, masks)
-    return masks
-
-
-@torch.no_grad()
-def hold_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
-    """Set every masked weight to +0.0 (a product with the mask could leave -0.0)."""
-    for name, layer in weight_layers(model).items():
-        layer.weight.masked_fill_(~masks[name], 0.0)
-
-
-def layer_sparsity_percent(model: nn.Module) -> dict[str, float]:
-    """Zeros in percent, for each layer that owns MACs."""
-    return {
-        name: 100 * (layer.weight == 0).double().mean().item()
-        for name, layer in weight_layers(model).items()
-    }
 
 
 # ---- the step ----------------------------------------------------------------------------------

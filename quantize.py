@@ -19,8 +19,6 @@ import torch
 from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.nn import intrinsic as nni
-from torch.ao.nn import quantized as nnq
-from torch.ao.nn.intrinsic import quantized as nniq
 
 from edgecnn.checkpoint import (
     fp32_model,
@@ -31,9 +29,10 @@ from edgecnn.checkpoint import (
 )
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.data import load_training, normalize
-from edgecnn.errors import UserError, user_errors_exit_2
+from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import require_writable
-from edgecnn.model import ARCHITECTURE, CLASSES, IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from edgecnn.int8 import LAYERS, int8_model, set_engine
+from edgecnn.model import EdgeCNN, fold_batch_norm
 from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.train import predict
 
@@ -41,18 +40,9 @@ ENGINE = "qnnpack"  # ARM's engine: what a phone or a Raspberry Pi runs; slow on
 CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 CALIBRATION_SEED = 0  # which training images calibrate
-# The deployed order: name -> quantized module type; each convolution is followed by a 2x2 max-pool.
-LAYERS = {
-    "block1": nniq.ConvReLU2d,
-    "block2": nniq.ConvReLU2d,
-    "block3": nniq.ConvReLU2d,
-    "fc1": nniq.LinearReLU,
-    "fc2": nnq.Linear,
-}
 
 # torch.ao.quantization works in the pinned torch and says at every call that it will move to torchao.
 warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
-warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
 
 
 # ---- quantizing --------------------------------------------------------------------------------
@@ -127,66 +117,6 @@ def to_tensors(quantized: nn.Sequential) -> tuple[dict[str, torch.Tensor], dict]
         "input_zero_point": int(first.zero_point),
         "layers": layers,
     }
-
-
-def quantized_weight(values: torch.Tensor, scales: list[float]) -> torch.Tensor:
-    """A qint8 tensor from its integers and its one scale, or one scale an output channel."""
-    if len(scales) == 1:
-        return torch._make_per_tensor_quantized_tensor(values, scales[0], 0)
-    zero_points = torch.zeros(len(scales), dtype=torch.int64)
-    return torch._make_per_channel_quantized_tensor(
-        values, torch.tensor(scales, dtype=torch.float64), zero_points, 0
-    )
-
-
-def int8_model(checkpoint: dict) -> nn.Sequential:
-    """The runnable quantized network of an int8 checkpoint: (N, 3, 32, 32) floats -> (N, 10).
-
-    Raises UserError when this torch lacks the engine or the tensors do not fit.
-    """
-    set_engine(checkpoint["quantization"].get("engine"))
-    try:
-        model = int8_graph(checkpoint["tensors"], checkpoint["quantization"]).eval()
-        # Layers that do not fit each other show only in a forward.
-        if model(torch.zeros(1, *IMAGE_SHAPE)).shape != (1, len(CLASSES)):
-            raise ValueError(f"it does not answer with {len(CLASSES)} logits")
-        if list(checkpoint["quantization"]["layers"]) != list(LAYERS):
-            raise ValueError(f"its layers are not {', '.join(LAYERS)}, in this order")
-        return model
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None
-
-
-def int8_graph(tensors: dict[str, torch.Tensor], quantization: dict) -> nn.Sequential:
-    """The quantized modules in deployed order, packed for the selected engine."""
-    graph = nn.Sequential()
-    graph.append(
-        nnq.Quantize(quantization["input_scale"], quantization["input_zero_point"], torch.quint8)
-    )
-    for name, kind in LAYERS.items():
-        values, layer = tensors[f"{name}.weight"], quantization["layers"][name]
-        outputs, inputs = values.shape[:2]
-        module = kind(inputs, outputs, 3, padding=1) if values.ndim == 4 else kind(inputs, outputs)
-        module.set_weight_bias(
-            quantized_weight(values, layer["weight_scale"]), tensors[f"{name}.bias"]
-        )
-        module.scale, module.zero_point = layer["output_scale"], layer["output_zero_point"]
-        if name == "fc1":
-            graph.add_module("flatten", nn.Flatten())
-        graph.add_module(name, module)
-        if values.ndim == 4:
-            graph.add_module(f"{name}_pool", nn.MaxPool2d(2))
-    graph.add_module("dequantize", nnq.DeQuantize())
-    return graph
-
-
-def set_engine(engine: str) -> None:
-    """Select torch's quantized engine; raises UserError when this build lacks it."""
-    supported = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    if engine not in supported:
-        raise UserError(f"this torch has no engine {engine}; it has {', '.join(supported)}")
-    torch.backends.quantized.engine = engine
 
 
 # ---- the step ----------------------------------------------------------------------------------

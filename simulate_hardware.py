@@ -19,16 +19,17 @@ from pathlib import Path
 import torch
 
 from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, stored_layers
-from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
+from edgecnn.checkpoint import COMMIT, find_checkpoints, load_checkpoint, sha256
 from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
 from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools
+from edgecnn.data import load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.files import read_json, read_rows, require_writable, write_json
 from edgecnn.int8 import with_zeros
 from edgecnn.names import results_dir
 from edgecnn.tflite import write_tflite
-from evaluate import find_checkpoints, load_images, write_tables
+from evaluate import write_tables
 
 IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
 ZEROS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the break-even picture
@@ -172,7 +173,7 @@ def main():
     require_writable(folder)
     require_accelerator(args.accelerator)
     paths = variants(run_name(args))
-    images = load_images(args)[0][0][: args.images]
+    images = load_judging(args)[0][0][: args.images]
     if args.break_even:
         baseline = next((path for path in paths if path.stem == "baseline_int8"), paths[0])
         write_json(folder / "break_even.json", break_even(baseline, images, args.accelerator))

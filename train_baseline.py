@@ -18,17 +18,15 @@ from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import require_writable
 from edgecnn.model import EdgeCNN
 from edgecnn.names import checkpoints_dir, results_dir, variant_name
-from edgecnn.train import Recipe, environment, fit, pick_device
+from edgecnn.train import BASELINE_RECIPE, Recipe, environment, fit, pick_device
 
-# The recipe, settled with --holdout.
-RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
 # Only their number differs; 30 were tried (benchmarks/ablation.py), 60 were not.
-HEADLINE_RECIPE = RECIPE | {"epochs": 60}
+HEADLINE_RECIPE = BASELINE_RECIPE | {"epochs": 60}
 
 
 @user_errors_exit_2
 def main():
-    args = parse_training_arguments(Parser(__doc__), RECIPE, HEADLINE_RECIPE)
+    args = parse_training_arguments(Parser(__doc__), BASELINE_RECIPE, HEADLINE_RECIPE)
     device, run = pick_device(args.device), run_name(args)
     require_writable(checkpoints_dir(run), results_dir(run))
     name = variant_name("baseline", "fp32", seed=args.seed)

@@ -28,6 +28,8 @@ from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_json, require_writable, write_json, write_text
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
 from edgecnn.names import checkpoints_dir, results_dir
+from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
+from edgecnn.tables import markdown_table
 from edgecnn.train import (
     WEIGHT_DECAY,
     Recipe,
@@ -36,9 +38,7 @@ from edgecnn.train import (
     fit,
     pick_device,
 )
-from evaluate import markdown_table
 from mac_hooks import count_macs
-from prune_finetune import hold_zeros, layer_sparsity_percent, prune_globally
 
 RUN = "ablation"
 BATCH_SIZE = 256

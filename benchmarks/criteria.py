@@ -32,7 +32,7 @@ from edgecnn.files import (
     write_text,
 )
 from edgecnn.names import results_dir
-from evaluate import markdown_table
+from edgecnn.tables import markdown_table
 
 # The yardsticks: plain global L1 at these percents of zeros; the first is the one of the picture.
 YARDSTICK, YARDSTICK_PERCENTS = "l1", (80.0, 90.0, 95.0)

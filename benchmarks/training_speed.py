@@ -37,9 +37,16 @@ from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import write_json
 from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
 from edgecnn.names import results_dir
-from edgecnn.train import LABEL_SMOOTHING, MOMENTUM, WEIGHT_DECAY, Recipe, environment, fit
+from edgecnn.train import (
+    BASELINE_RECIPE,
+    LABEL_SMOOTHING,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Recipe,
+    environment,
+    fit,
+)
 from mac_hooks import count_macs
-from train_baseline import RECIPE
 
 ROUNDS = 3
 TIMED_BATCHES = 50  # a contestant and round, after WARM_UP_BATCHES
@@ -54,7 +61,7 @@ TRAINING_FLOPS = 6 * count_macs(EdgeCNN(), IMAGE_SHAPE).macs
 
 def recipe(epochs: int) -> Recipe:
     """The baseline's recipe over another number of epochs."""
-    rate, batch = RECIPE["learning_rate"], RECIPE["batch_size"]
+    rate, batch = BASELINE_RECIPE["learning_rate"], BASELINE_RECIPE["batch_size"]
     return Recipe(epochs, batch, rate, seed=0, start="benchmark")
 
 
@@ -72,7 +79,7 @@ def matrix_flops_per_s() -> float:
 def pipeline_images_per_s(data_dir: str, smoke: bool) -> float:
     """The pipeline's own loop, augmentation included, after a warm-up epoch of a few batches."""
     (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
-    batch = RECIPE["batch_size"]
+    batch = BASELINE_RECIPE["batch_size"]
     count = min(TIMED_BATCHES * batch, len(labels))
     torch.manual_seed(0)
     model = EdgeCNN()
@@ -116,14 +123,14 @@ def tutorial_network() -> nn.Sequential:
 def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
     """The tutorial loop over the same images, batch, loss and optimizer settings."""
     (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
-    batch = RECIPE["batch_size"]
+    batch = BASELINE_RECIPE["batch_size"]
     loader = DataLoader(
         Pictures(images, labels), batch, shuffle=True, drop_last=True, num_workers=workers
     )
     model = tutorial_network()
     optimizer = torch.optim.SGD(
         model.parameters(),
-        RECIPE["learning_rate"],
+        BASELINE_RECIPE["learning_rate"],
         MOMENTUM,
         weight_decay=WEIGHT_DECAY,
         nesterov=True,
@@ -210,7 +217,7 @@ def main():
         "rounds": rounds,
         "time_to_target": [] if args.smoke else time_to_target(args.data_dir),
         "target_validation_accuracy_percent": TARGET_PERCENT,
-        "batch_size": RECIPE["batch_size"],
+        "batch_size": BASELINE_RECIPE["batch_size"],
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

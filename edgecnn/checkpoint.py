@@ -209,6 +209,16 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
     return checkpoint
 
 
+def find_checkpoints(run: str) -> list[Path]:
+    """Every finished checkpoint of a run; raises UserError when there is none."""
+    folder = checkpoints_dir(run)
+    paths = [path for path in sorted(folder.glob("*.pt")) if not path.stem.endswith(".resume")]
+    paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
+    if not paths:
+        raise UserError(f"no checkpoint in {folder}; make one with: python train_baseline.py")
+    return paths
+
+
 def require_unseen_holdout(checkpoint: dict, holdout: bool) -> None:
     """Raise UserError when a validation figure is asked of weights that saw the validation images."""
     origin = checkpoint["provenance"]

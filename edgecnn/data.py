@@ -19,6 +19,7 @@ import torch
 from edgecnn.checkpoint import write_torch
 from edgecnn.errors import UserError
 from edgecnn.names import REPOSITORY
+from edgecnn.peers import TEST_SET
 
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -211,6 +212,15 @@ def load_training(data_dir: Path, holdout: bool, smoke: bool) -> tuple[Split, Sp
         return (images, labels), None
     train, validation = holdout_indices(labels)
     return (images[train], labels[train]), (images[validation], labels[validation])
+
+
+def load_judging(args) -> tuple[Split, str]:
+    """The images that judge, as --smoke and --holdout ask, and what they are."""
+    if args.smoke:
+        return load_sample()[1], "held-out part of the smoke sample (training images)"
+    if getattr(args, "holdout", False):
+        return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
+    return load_split("test", args.data_dir), TEST_SET
 
 
 # ---- batches -----------------------------------------------------------------------------------

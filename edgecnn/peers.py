@@ -1,5 +1,7 @@
 """Published figures of others, shown beside ours and never on our front. Imports no torch."""
 
+TEST_SET = "CIFAR-10 test set"  # they are of it; no other images' figures stand beside them
+
 # MLPerf Tiny's CIFAR-10 model, int8 .tflite as published (benchmark v1.x), on the 10,000 test images.
 # NPU: the same file through the same Vela (5.2.0, default configuration of the Ethos-U55-128).
 # Energy: measured on an STM32L4R5, X-CUBE-AI 10.2 with external SMPS, results of round v1.3.

@@ -25,6 +25,8 @@ WARMUP_FRACTION = 0.25  # of all steps, from START_FRACTION of the peak learning
 START_FRACTION = 0.1
 TEMPERATURE = 3.0  # of distillation: what the teacher knows of the wrong classes shows above 1
 EVALUATION_BATCH = 1000  # images
+# The baseline's recipe, settled with --holdout.
+BASELINE_RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
 # A state can be continued bit for bit only by the sources that wrote it.
 CODE = hashlib.sha256(
     b"".join(

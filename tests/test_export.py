@@ -16,7 +16,7 @@ from edgecnn import ethos_u, tflite
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample, normalize
 from edgecnn.errors import UserError
-from edgecnn.int8 import integer_logits, quantize_images, signed_zero_point, with_zeros
+from edgecnn.int8 import int8_model, integer_logits, quantize_images, signed_zero_point, with_zeros
 from edgecnn.tflite import (
     MAX_BIAS,
     channels_last,
@@ -26,7 +26,6 @@ from edgecnn.tflite import (
     tflite_micro,
     write_tflite,
 )
-from quantize import int8_model
 
 FOLDER = "checkpoints/smoke"
 ARGUMENTS = ("--smoke", "--images", 50, "--checkpoint", f"{FOLDER}/baseline_int8.pt")

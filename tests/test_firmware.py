@@ -11,7 +11,7 @@ from edgecnn import c_source, cortex_m
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample
 from edgecnn.errors import UserError
-from quantize import int8_graph, set_engine
+from edgecnn.int8 import int8_graph, set_engine
 
 needs_emulator = pytest.mark.skipif(
     not all(map(shutil.which, (cortex_m.COMPILER, cortex_m.EMULATOR))), reason=cortex_m.INSTALL

@@ -12,17 +12,17 @@ from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
 from edgecnn.data import load_sample
 from edgecnn.errors import UserError
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
-from edgecnn.train import Recipe, fit
-from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
-from prune_finetune import (
+from edgecnn.pruning import (
     CRITERIA,
-    HEADLINE_RECIPE,
     hold_zeros,
     importance,
     lamp_scores,
     layer_energy_pj,
     prune_globally,
 )
+from edgecnn.train import Recipe, fit
+from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
+from prune_finetune import HEADLINE_RECIPE
 
 WEIGHTS, MACS = 619_872, 10_848_768
 

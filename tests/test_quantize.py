@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecnn.checkpoint import fp32_model, load_checkpoint
 from edgecnn.data import load_sample, normalize
+from edgecnn.int8 import LAYERS, int8_model
 from edgecnn.model import fold_batch_norm
-from prune_finetune import prune_globally
-from quantize import LAYERS, int8_model, quantize_model, to_tensors
+from edgecnn.pruning import prune_globally
+from quantize import quantize_model, to_tensors
 
 
 class Recorder(TorchDispatchMode):
