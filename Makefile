@@ -108,6 +108,7 @@ results/hardware.json: $(wildcard $(SWEPT)) results/baseline_int8.json results/p
 		$(DEVICE) $(call need,results/edge/baseline_int8.tflite) | results/metrics.json
 	$(PY) export_edge.py
 	$(PY) simulate_hardware.py
+	$(PY) evaluate.py --docs
 	$(PY) plot_pareto.py
 
 results/break_even.json: results/baseline_int8.json $(DEVICE)
@@ -164,11 +165,12 @@ STEPS := baseline pruned_50 control pruned_50_l1
 TRAINED := $(foreach seed,$(SEEDS),$(foreach step,$(STEPS),$(step)-$(seed)))
 reference: $(addprefix $(DONE)/,$(TRAINED)) $(addprefix $(DONE)/int8-,$(TRAINED)) \
 		$(DONE)/hardware
-	$(PY) evaluate.py $(REFERENCE) --update-readme
+	$(PY) evaluate.py $(REFERENCE)
+	$(PY) evaluate.py $(REFERENCE) --docs
 	$(PY) plot_pareto.py $(REFERENCE)
 	$(PY) plot_pareto.py $(REFERENCE) --break-even
 	$(PY) plot_pareto.py $(REFERENCE) --layers pruned_90_$(SWEEP_CRITERION)_int8
-	$(PY) plot_pareto.py $(REFERENCE) --budget flash_kb=256 ram_kb=32 accuracy=85
+	$(PY) plot_pareto.py $(REFERENCE) --budget flash_kib=256 ram_kib=32 accuracy=85
 
 # ---- the headline recipe ------------------------------------------------------------------------
 
@@ -212,10 +214,12 @@ $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%): $(HEADLINE_DONE)/int8-%: \
 $(HEADLINE_DONE)/hardware: $(DEVICE) $(HEADLINE_VARIANTS:%=$(HEADLINE_DONE)/int8-%)
 	$(PY) export_edge.py --run headline --images 10000
 	$(PY) simulate_hardware.py --run headline
+	$(PY) simulate_hardware.py --run headline --break-even
 	@touch $@
 
 headline: $(HEADLINE_DONE)/hardware
-	$(PY) evaluate.py --run headline --update-readme
+	$(PY) evaluate.py --run headline
+	$(PY) evaluate.py --run headline --docs
 	$(PY) plot_pareto.py --run headline
 
 # ---- which criterion: on the validation split, at equal effort -----------------------------------

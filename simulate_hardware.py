@@ -1,14 +1,14 @@
 """Step 7: what every variant costs on hardware: an interpreter, an NPU, a Cortex-M; none of it silicon.
 
 Reads   checkpoints/*.pt, results/edge/<variant>.tflite and .json (export_edge.py), data/ (20 images)
-Writes  results/hardware.json, and its figures as columns of results/metrics.json and table.md
+Writes  results/hardware.json, which `python evaluate.py --docs` joins into metrics.json and tables
 
-    python simulate_hardware.py                 # after evaluate.py and export_edge.py
+    python simulate_hardware.py                 # after export_edge.py
     python simulate_hardware.py --break-even    # where sparsity starts to pay: results/break_even.json
     python simulate_hardware.py --smoke         # seconds; reads checkpoints/smoke/
 
 Measured: instructions, flash and RAM of the linked program in QEMU, and the interpreter's arena.
-Modelled: the NPU (by Arm's Vela), cycles and energy (keys with _modelled). What a missing tool would
+Modelled: the NPU (by Arm's Vela) and cycles (keys with _modelled). What a missing tool would
 have given is null, "not measured". INT8 variants and the FP32 baseline of the lowest seed are taken;
 a pruned FP32 network would run the baseline's dense kernels.
 """
@@ -25,11 +25,10 @@ from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools
 from edgecnn.data import load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
-from edgecnn.files import read_json, read_rows, require_writable, write_json
+from edgecnn.files import read_json, require_writable, write_json
 from edgecnn.int8 import with_zeros
 from edgecnn.names import results_dir
 from edgecnn.tflite import write_tflite
-from evaluate import write_tables
 
 IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
 ZEROS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the break-even picture
@@ -179,15 +178,14 @@ def main():
         write_json(folder / "break_even.json", break_even(baseline, images, args.accelerator))
         print(f"wrote {folder / 'break_even.json'}")
         return
-    metrics = folder / "metrics.json"
-    known = read_rows(metrics, {"size_bytes": (1, 1e15)}) if metrics.exists() else []
     rows = []
     for path in paths:
         rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
         print(f"{path.stem}: {rows[-1].get('m4_instructions', 0) / 1e6:.2f} M instructions")
-    if known:
-        print(f"\n{write_tables(folder, known, rows)}")
     write_json(folder / "hardware.json", rows)
+    print(
+        f"wrote {folder / 'hardware.json'}; join it to the tables with: python evaluate.py --docs"
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from edgecnn.names import NAME_PATTERN  # noqa: E402
+
 
 def run_main(script: str, *arguments) -> None:
     """Run a script's main() in this process, as `python <script>.py <arguments>` would."""
@@ -49,6 +51,30 @@ def copy(smoke, workdir):
     shutil.copytree(smoke / "checkpoints", workdir / "checkpoints")
     shutil.copytree(smoke / "results", workdir / "results")
     return workdir
+
+
+def row(variant, accuracy, size_bytes, energy, **fields):
+    """A made-up row of metrics.json, as far as comparing needs it."""
+    name = NAME_PATTERN.fullmatch(variant)
+    return {
+        "variant": variant,
+        "method": name["method"],
+        "precision": name["precision"],
+        "seed": int(name["seed"] or 0),
+        "accuracy_percent": accuracy,
+        "size_bytes": size_bytes,
+        "relative_energy": energy,
+        "parent": None,
+        "parent_sha256": None,
+        "checkpoint_sha256": variant,
+        **fields,
+    }
+
+
+def hits_of(rows):
+    """Made-up images: the first ones right, as many of 10,000 as the accuracy says."""
+    counts = {r["variant"]: round(100 * r["accuracy_percent"]) for r in rows}
+    return {name: [i < count for i in range(10_000)] for name, count in counts.items()}
 
 
 def snapshot(folder):

@@ -265,10 +265,6 @@ def test_a_measured_variant_is_not_dropped_in_silence(copy, capsys):
     assert "pruned_50_int8" in error and "delete metrics.json" in error
 
 
-def test_smoke_figures_never_reach_the_readme(copy, capsys):
-    assert "test set" in fails(capsys, copy, "evaluate", "--smoke", "--update-readme")
-
-
 def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, capsys):
     path = f"{FOLDER}/baseline_fp32.pt"
     for script, arguments in (

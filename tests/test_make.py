@@ -13,7 +13,7 @@ from prune_finetune import HEADLINE_RECIPE
 STEPS = ("train_baseline.py", "quantize.py", "prune_finetune.py", "evaluate.py", "plot_pareto.py")
 STEPS += ("export_edge.py", "simulate_hardware.py")
 # What `make reference` ends with, whatever was out of date.
-CLOSING = ["evaluate.py", *["plot_pareto.py"] * 4]
+CLOSING = ["evaluate.py", "evaluate.py", *["plot_pareto.py"] * 4]
 DEVICES = ["export_edge.py", "simulate_hardware.py", "simulate_hardware.py"]
 LEVELS = [f"pruned_{percent}_energy" for percent in (50, 70, 80, 90, 95)]
 VARIANTS = ("baseline_fp32", "baseline_int8", "pruned_50_fp32", "pruned_50_int8")
@@ -127,7 +127,7 @@ def test_a_sweep_after_make_prunes_once_and_quantizes_every_level(clone):
 
 def test_hardware_follows_the_variants_and_is_not_done_again(clone):
     finish(clone)
-    expected = ["export_edge.py", "simulate_hardware.py", "plot_pareto.py"]
+    expected = ["export_edge.py", "simulate_hardware.py", "evaluate.py", "plot_pareto.py"]
     assert steps(clone, "hardware") == [*expected, "simulate_hardware.py", "plot_pareto.py"]
     (clone / "results/edge").mkdir()
     names = ("edge/baseline_int8.tflite", "hardware.json", "break_even.json", "break_even.svg")
@@ -152,8 +152,8 @@ def test_the_headline_run_goes_on_where_it_stopped(clone):
     variants = ["baseline", "pruned_50", "control"]
     variants += [f"pruned_{percent}_energy" for percent in (80, 90, 93, 95)]
     trained = ["train_baseline.py", *["prune_finetune.py"] * 3]
-    shown = ["evaluate.py", "plot_pareto.py"]
-    last = ["export_edge.py", "simulate_hardware.py", *shown]
+    shown = ["evaluate.py", "evaluate.py", "plot_pareto.py"]
+    last = [*DEVICES, *shown]
     assert steps(clone, "headline") == [*trained, *["quantize.py"] * len(variants), *last]
     done = clone / "checkpoints/headline/.done"
     done.mkdir(parents=True)

@@ -1,0 +1,151 @@
+"""Variants held against one another: intervals, McNemar's test, dominance, seeds. Pure Python."""
+
+import math
+import statistics
+
+from edgecnn.errors import UserError
+from edgecnn.names import DEFAULT_CRITERION, variant_name
+
+Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+METHOD_ORDER = ("baseline", "control", "pruned")
+CHANGE_KEYS = {
+    "parent": "accuracy_change_points",
+    "control": "accuracy_change_vs_control_points",
+    "baseline": "accuracy_change_vs_baseline_points",
+}
+
+
+def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a proportion, in percent (Wilson 1927, JASA 22:209-212)."""
+    p, z2 = correct / total, Z_95**2
+    center = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z_95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return 100 * (center - half), 100 * (center + half)
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Exact two-sided p-value of McNemar's test, from the images that one variant alone gets right.
+
+    Without a difference each of the n = gained + lost images falls on either side with chance 1/2:
+    p = 2 P(X <= min(gained, lost)), X binomial (n, 1/2), at most 1. McNemar 1947, Psychometrika
+    12:153-157, with the exact binomial distribution.
+    """
+    n, tail, ways = gained + lost, 0, 1
+    for k in range(min(gained, lost) + 1):
+        tail += ways  # n choose k
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)  # integers up to the one division
+
+
+def dominates(a: dict, b: dict) -> bool:
+    """Whether `a` is at least as good as `b` in accuracy, bytes and energy score, and better in one."""
+    gains = [
+        a["accuracy_percent"] - b["accuracy_percent"],
+        b["size_bytes"] - a["size_bytes"],
+        b["relative_energy"] - a["relative_energy"],
+    ]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def pareto_front(costs: list[float], accuracies: list[float]) -> list[int]:
+    """Indices of the non-dominated points (least cost, most accuracy), by rising cost.
+
+    A point is dominated when another costs no more and is no less accurate, and is better in one
+    of the two. So of two points of equal cost only the more accurate one stays, of two equally
+    accurate ones only the cheaper, and points equal in both stay together.
+    """
+    points = list(zip(costs, accuracies, strict=True))
+
+    def dominated(cost, accuracy):
+        return any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points)
+
+    front = [i for i, point in enumerate(points) if not dominated(*point)]
+    return sorted(front, key=lambda i: costs[i])
+
+
+def crossing(x: list[float], first: list[float], second: list[float]) -> float | None:
+    """Where the second line falls below the first for good, linearly between points; None if never."""
+    above = [b - a for a, b in zip(first, second, strict=True)]
+    if above[-1] >= 0 or max(above) < 0:
+        return None
+    last = max(i for i, gap in enumerate(above) if gap >= 0)
+    return x[last] + (x[last + 1] - x[last]) * above[last] / (above[last] - above[last + 1])
+
+
+def group(row: dict) -> str:
+    """The variant's name without its seed."""
+    return row["variant"].replace(f"_seed{row['seed']}_", "_")
+
+
+def held_against(row: dict, other: dict | None, name: str, hits: dict[str, list[bool]]) -> dict:
+    """What `row` gains and loses against `other` on the same images; None without the other."""
+    change = gained = lost = p = None
+    if other is not None:
+        change = round(row["accuracy_percent"] - other["accuracy_percent"], 4)
+        pairs = list(zip(hits[row["variant"]], hits[other["variant"]], strict=True))
+        gained, lost = pairs.count((True, False)), pairs.count((False, True))
+        p = mcnemar_p(gained, lost)
+    return {
+        CHANGE_KEYS[name]: change,
+        f"images_gained_vs_{name}": gained,
+        f"images_lost_vs_{name}": lost,
+        f"mcnemar_p_vs_{name}": p,
+    }
+
+
+def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
+    """Whether a pruned variant was fine-tuned once, as long as its control and from the same weights.
+
+    The same fine-tuning without pruning is what it has to be held against; later levels of a sweep
+    took more.
+    """
+    fp32 = [v if v["precision"] == "fp32" else by_name.get(v["parent"]) for v in (row, control)]
+    if not row["method"].startswith("pruned") or None in fp32:
+        return False
+    start, epochs = ([v.get(key) for v in fp32] for key in ("parent_sha256", "epochs"))
+    return start[0] is not None and start[0] == start[1] and epochs[0] == epochs[1]
+
+
+def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
+    """Rows with what needs the others: changes, dominance, statistics over seeds.
+
+    hits: variant -> which images are right, in one order. Raises UserError when two rows have one
+    name.
+    """
+    by_name = {row["variant"]: row for row in rows}
+    if len(by_name) < len(rows):
+        raise UserError("two files of one name stand for the same variant; give one of them")
+    compared = []
+    for row in rows:
+        parent = by_name.get(row["parent"])
+        if parent is not None and parent["checkpoint_sha256"] != row["parent_sha256"]:
+            parent = None  # the parent was trained again since: a difference would mean nothing
+        control = by_name.get(variant_name("control", row["precision"], seed=row["seed"]))
+        control = control if control and equal_effort(row, control, by_name) else None
+        baseline = by_name.get(variant_name("baseline", "fp32", seed=row["seed"]))
+        baseline = baseline if baseline is not row else None
+        better = [r for r in rows if r["seed"] == row["seed"] and dominates(r, row)]
+        best = max(better, key=lambda r: r["accuracy_percent"], default=None)
+        runs = [other["accuracy_percent"] for other in rows if group(other) == group(row)]
+        compared.append(
+            {
+                **row,
+                **held_against(row, parent, "parent", hits),
+                **held_against(row, control, "control", hits),
+                **held_against(row, baseline, "baseline", hits),
+                "dominated_by": best and best["variant"],
+                "seeds": len(runs),
+                "accuracy_mean_percent": round(statistics.mean(runs), 4),
+                "accuracy_std_points": round(statistics.stdev(runs), 4) if len(runs) > 1 else None,
+            }
+        )
+    return compared
+
+
+def sort_key(row: dict):
+    """Baseline, controls, then pruned variants by percent; the default criterion first; by seed."""
+    family, _, percent = row["method"].partition("_")
+    order = METHOD_ORDER.index(family) if family in METHOD_ORDER else len(METHOD_ORDER)
+    sparsity = float(percent) if percent.replace(".", "", 1).isdecimal() else 0.0
+    criterion = "" if row["criterion"] == DEFAULT_CRITERION else row["criterion"] or ""
+    return order, sparsity, criterion, group(row), row["seed"]

@@ -1,0 +1,85 @@
+"""Generated tables: a run's table.md and table_all.md, and the blocks of README.md and docs/*.md.
+
+A block is `<!-- begin: RUN NAME -->`, a table, `<!-- end: RUN NAME -->`. NAME is one of tables.TITLES,
+or a Markdown file that a step left in results/RUN/. Imports no torch.
+"""
+
+import re
+from pathlib import Path
+
+from edgecnn.errors import UserError
+from edgecnn.files import read_rows, write_json, write_text
+from edgecnn.hardware import read_break_even, read_hardware, with_hardware
+from edgecnn.names import results_dir
+from edgecnn.tables import SHORT, blocks, page
+
+BLOCK = re.compile(r"<!-- begin: ([\w-]+) (\w+) -->\n(.*?)<!-- end: \1 \2 -->", re.DOTALL)
+ANY = (0, 1e15)
+NEEDED = dict.fromkeys(("size_bytes", "macs", "macs_nonzero", "sparsity_percent"), ANY)
+NEEDED |= {"relative_energy": ANY}
+NEEDED |= dict.fromkeys(("accuracy_ci95_low_percent", "accuracy_ci95_high_percent"), (0, 100))
+
+
+def break_even_of(folder: Path) -> list[dict]:
+    """The run's break-even rows; none without the file."""
+    return read_break_even(folder) if (folder / "break_even.json").exists() else []
+
+
+def run_blocks(folder: Path, everything: bool = False) -> dict[str, str]:
+    """The tables of a results folder, by name; raises UserError without a sound metrics.json."""
+    rows = read_rows(folder / "metrics.json", NEEDED)
+    return blocks(rows, break_even_of(folder), everything)
+
+
+def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
+    """Write metrics.json with the targets' figures, table.md and table_all.md; table.md's text."""
+    rows, break_even = with_hardware(rows, hardware), break_even_of(folder)
+    short = page(blocks(rows, break_even), SHORT)
+    whole = page(blocks(rows, break_even, everything=True))
+    write_json(folder / "metrics.json", rows)
+    write_text(folder / "table.md", short)
+    write_text(folder / "table_all.md", whole)
+    return short
+
+
+def rendered(run: str, name: str) -> str:
+    """A block's text; raises UserError where the run has no such table."""
+    folder = results_dir(run)
+    if (folder / f"{name}.md").exists():
+        return (folder / f"{name}.md").read_text(encoding="utf-8").rstrip() + "\n"
+    found = run_blocks(folder)
+    if name not in found:
+        raise UserError(f"run {run} has no table {name}; it has {', '.join(found)}")
+    return found[name] + "\n"
+
+
+def refreshed(text: str) -> str:
+    """A page's text with every block rendered anew; raises UserError where one is not closed."""
+    found = BLOCK.findall(text)
+    if not len(found) == text.count("<!-- begin: ") == text.count("<!-- end: "):
+        raise UserError("a block's begin or end has no partner: `<!-- begin: RUN NAME -->`")
+
+    def block(match):
+        run, name, _ = match.groups()
+        return f"<!-- begin: {run} {name} -->\n{rendered(run, name)}<!-- end: {run} {name} -->"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    """README.md and docs/*.md, as far as they are here."""
+    return [
+        path for path in [Path("README.md"), *sorted(Path("docs").glob("*.md"))] if path.exists()
+    ]
+
+
+def render(folder: Path) -> None:
+    """Join hardware.json again, write the run's tables, refresh every page's blocks; measure nothing."""
+    rows = read_rows(folder / "metrics.json", NEEDED)
+    write_tables(folder, rows, read_hardware(folder))
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if refreshed(text) != text:
+            write_text(path, refreshed(text))
+            print(f"wrote {path}")
+    print(f"wrote metrics.json, table.md and table_all.md in {folder}")

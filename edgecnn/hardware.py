@@ -1,0 +1,79 @@
+"""hardware.json beside metrics.json: figures joined by checkpoint, energy from cycles. No torch."""
+
+from pathlib import Path
+
+from edgecnn.errors import UserError
+from edgecnn.files import in_range, read_json
+
+MADE_BY_HARDWARE = "python simulate_hardware.py"
+# The keys of hardware.json begin so; those of a checkpoint's own row never do.
+HARDWARE_KEYS = ("hardware_", "m4_", "m7_", "u55_", "u65_", "u85_", "stm32", "tflite_")
+STM32L4R5_FLASH_BYTES = 2 * 2**20  # STM32L4R5xI, datasheet DS12023
+BREAK_EVEN_KEYS = (
+    "zeros_percent",
+    *(f"m{c}_{k}_instructions" for c in (4, 7) for k in ("dense", "sparse")),
+    *("m4_dense_flash_bytes", "m4_sparse_flash_bytes"),
+    *("u55_128_cycles_modelled", "u55_128_flash_bytes_modelled"),
+)
+# Picojoules a clock cycle of an STM32L4R5 at 120 MHz, by the end of the band: (published energy an
+# inference) * (inferences a second) / 120 MHz of ResNet-8 in MLPerf Tiny's runs on this chip:
+#   v1.1 X-CUBE-AI 8.1 at 1.8 V 274, v1.3 10.2 with an external SMPS 276, v0.5 TFLM 346,
+#   v1.2 X-CUBE-AI 9.0 349, v1.1 ONNC 354 and 420, v1.0 microTVM 433 and native 457,
+#   v1.1 X-CUBE-AI 8.0 and 7.3 at 3.0 V 650 and 652.
+# What differs is the supply more than the code. The figure itself takes the supply of ResNet-8's best
+# run (5,496 uJ, v1.3), so that the two are alike in it; the band runs from the least to the most.
+PICOJOULES_A_CYCLE = {"_low": 274, "": 276, "_high": 652}
+
+
+def stm32l4r5_energy_uj(row: dict) -> dict:
+    """The energies that a row's modelled cycles imply, by key; None where it outgrows the flash."""
+    fits = row["m4_flash_bytes"] <= STM32L4R5_FLASH_BYTES
+    return {
+        f"stm32l4r5_energy_modelled{end}_uj": round(row[f"m4_cycles_modelled{end}"] * pj / 1e6, 3)
+        if fits
+        else None
+        for end, pj in PICOJOULES_A_CYCLE.items()
+    }
+
+
+def read_hardware(folder: Path) -> list[dict]:
+    """The rows of the run's hardware.json, none without the file; raises UserError for other JSON."""
+    path = folder / "hardware.json"
+    rows = read_json(path, MADE_BY_HARDWARE) if path.exists() else []
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("checkpoint_sha256"), str) for row in rows
+    )
+    if not named:
+        raise UserError(
+            f"{path} is not a list of measured checkpoints; make it again with: {MADE_BY_HARDWARE}"
+        )
+    return rows
+
+
+def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
+    """Rows with the plain figures of the very same checkpoint as columns, and the energy they imply."""
+    found = {row["checkpoint_sha256"]: row for row in hardware}
+    joined = []
+    for row in rows:
+        ours = {k: v for k, v in row.items() if not k.startswith(HARDWARE_KEYS)}
+        theirs = {
+            key: value
+            for key, value in found.get(row.get("checkpoint_sha256"), {}).items()
+            if key.startswith(HARDWARE_KEYS) and not isinstance(value, dict | list)
+        }
+        energy = stm32l4r5_energy_uj(theirs) if "m4_cycles_modelled" in theirs else {}
+        joined.append(ours | theirs | energy)
+    return joined
+
+
+def read_break_even(folder: Path) -> list[dict]:
+    """The rows of the run's break_even.json, its figures checked; raises UserError."""
+    path, made_by = folder / "break_even.json", f"{MADE_BY_HARDWARE} --break-even"
+    rows = read_json(path, made_by)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a list of rows; make it again with: {made_by}")
+    for row in rows:
+        missing = [name for name in BREAK_EVEN_KEYS if not in_range(row.get(name), 0, 1e15)]
+        if missing:
+            raise UserError(f"{path} has no number under {missing[0]}; make it with: {made_by}")
+    return rows
