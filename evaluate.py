@@ -127,23 +127,22 @@ def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
 
 
 def counted(checkpoint: dict):
-    """(the runnable network of a checkpoint, its MacReport as deployed: BN folded into convolutions)."""
+    """(the runnable network of a checkpoint, its EnergyReport as deployed: BN folded)."""
     from edgecnn.checkpoint import fp32_model
+    from edgecnn.energy import modelled_energy
     from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
-    from mac_hooks import count_macs
     from quantize import int8_model
 
     if checkpoint["precision"] == "int8":
         model = int8_model(checkpoint)
-        return model, count_macs(model, IMAGE_SHAPE)
+        return model, modelled_energy(model, IMAGE_SHAPE)
     model = fp32_model(checkpoint)
-    return model, count_macs(fold_batch_norm(model), IMAGE_SHAPE)
+    return model, modelled_energy(fold_batch_norm(model), IMAGE_SHAPE)
 
 
-def energy_columns(report, bits: int) -> dict:
-    """What mac_hooks.py models of a network: microjoules by memory and purpose, bytes of memory."""
-    sram, dram = report.energy_uj("sram"), report.energy_uj("dram")
-    extrapolated = report.stm32l4r5_extrapolated_uj()
+def energy_columns(energy, bits: int) -> dict:
+    """What an EnergyReport models: microjoules by memory and purpose, bytes of memory."""
+    sram, dram = energy.energy_uj("sram"), energy.energy_uj("dram")
     return {
         "energy_arithmetic_uj": round(sram.arithmetic, 4),
         "energy_weights_sram_uj": round(sram.weights, 4),
@@ -151,9 +150,8 @@ def energy_columns(report, bits: int) -> dict:
         "energy_activations_uj": round(sram.activations, 4),
         "energy_sram_uj": round(sram.total, 4),
         "energy_dram_uj": round(dram.total, 4),
-        "energy_stm32l4r5_extrapolated_uj": extrapolated and round(extrapolated, 1),
-        "weight_stored_bytes": sum(layer.stored_bytes for layer in report.layers),
-        "activations_peak_bytes": report.peak_activations * bits // 8,
+        "weight_stored_bytes": energy.stored_bytes,
+        "activations_peak_bytes": energy.peak_activations * bits // 8,
     }
 
 
@@ -162,16 +160,15 @@ def layer_rows(path: Path) -> list[dict]:
     from edgecnn.checkpoint import load_checkpoint
 
     rows = []
-    for layer in counted(load_checkpoint(path))[1].layers:
-        sram, dram = layer.energy_uj("sram"), layer.energy_uj("dram")
-        zeros = 1 - layer.nonzero_parameters / layer.parameters
+    for priced in counted(load_checkpoint(path))[1].layers:
+        layer, sram, dram = priced.count, priced.energy_uj("sram"), priced.energy_uj("dram")
         rows.append(
             {
                 "variant": path.stem,
                 "layer": layer.name.removesuffix(".conv"),
                 "parameters": layer.parameters,
-                "zeros_percent": round(100 * zeros, 3),
-                "stored_bytes": layer.stored_bytes,
+                "zeros_percent": round(layer.zeros_percent, 3),
+                "stored_bytes": priced.stored_bytes,
                 "macs": layer.macs,
                 "macs_nonzero": layer.nonzero_macs,
                 "energy_arithmetic_uj": round(sram.arithmetic, 5),
@@ -199,7 +196,8 @@ def evaluate_checkpoint(
 
     checkpoint = load_checkpoint(path)
     origin, precision = checkpoint["provenance"], checkpoint["precision"]
-    model, report = counted(checkpoint)
+    model, energy = counted(checkpoint)
+    report = energy.macs
     if precision == "int8":
         device = torch.device("cpu")  # torch's integer kernels are CPU kernels
     images, labels = data
@@ -233,7 +231,7 @@ def evaluate_checkpoint(
         "macs_nonzero": report.nonzero_macs,
         "relative_energy": round(energy_score(report.nonzero_macs, bits), 4),
         "relative_energy_dense": round(energy_score(report.macs, bits), 4),
-        **energy_columns(report, bits),
+        **energy_columns(energy, bits),
         "epochs": origin["arguments"].get("epochs"),
         "parent": origin["parent"],
         "checkpoint": str(path),
@@ -702,7 +700,7 @@ def inspection(path: Path) -> str:
             "",
             markdown_table(header, [*lines, total]),
             "",
-            counted(checkpoint)[1].energy_table(),
+            counted(checkpoint)[1].table(),
         ]
     )
 

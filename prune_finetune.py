@@ -34,6 +34,7 @@ from edgecnn.checkpoint import (
 )
 from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
+from edgecnn.energy import weight_energy_pj
 from edgecnn.files import (
     DEFAULT_CRITERION,
     UserError,
@@ -45,7 +46,7 @@ from edgecnn.files import (
 )
 from edgecnn.model import IMAGE_SHAPE, fold_batch_norm, weight_layers
 from edgecnn.train import WEIGHT_DECAY, Recipe, environment, fit, pick_device
-from mac_hooks import count_macs, weight_energy_pj
+from mac_hooks import count_macs
 
 # The fine-tuning recipe, settled with --holdout; distillation is the teacher's share of the loss.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
