@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 # ---- one variant -------------------------------------------------------------------------------
 
 
-def energy_columns(report, bits: int) -> dict:
-    """What mac_hooks.py models of a network: microjoules by memory and purpose, bytes of memory."""
-    sram, dram = report.energy_uj("sram"), report.energy_uj("dram")
+def energy_columns(energy, bits: int) -> dict:
+    """What an EnergyReport models: microjoules by memory and purpose, bytes of memory."""
+    sram, dram = energy.energy_uj("sram"), energy.energy_uj("dram")
     return {
         "energy_arithmetic_uj": round(sram.arithmetic, 4),
         "energy_weights_sram_uj": round(sram.weights, 4),
@@ -49,8 +49,8 @@ def energy_columns(report, bits: int) -> dict:
         "energy_activations_uj": round(sram.activations, 4),
         "energy_sram_uj": round(sram.total, 4),
         "energy_dram_uj": round(dram.total, 4),
-        "weight_stored_bytes": sum(layer.stored_bytes for layer in report.layers),
-        "activations_peak_bytes": report.peak_activations * bits // 8,
+        "weight_stored_bytes": energy.stored_bytes,
+        "activations_peak_bytes": energy.peak_activations * bits // 8,
     }
 
 
@@ -60,16 +60,15 @@ def layer_rows(path: Path) -> list[dict]:
     from edgecnn.inspection import counted
 
     rows = []
-    for layer in counted(load_checkpoint(path))[1].layers:
-        sram, dram = layer.energy_uj("sram"), layer.energy_uj("dram")
-        zeros = 1 - layer.nonzero_parameters / layer.parameters
+    for priced in counted(load_checkpoint(path))[1].layers:
+        layer, sram, dram = priced.count, priced.energy_uj("sram"), priced.energy_uj("dram")
         rows.append(
             {
                 "variant": path.stem,
                 "layer": layer.name.removesuffix(".conv"),
                 "parameters": layer.parameters,
-                "zeros_percent": round(100 * zeros, 3),
-                "stored_bytes": layer.stored_bytes,
+                "zeros_percent": round(layer.zeros_percent, 3),
+                "stored_bytes": priced.stored_bytes,
                 "macs": layer.macs,
                 "macs_nonzero": layer.nonzero_macs,
                 "energy_arithmetic_uj": round(sram.arithmetic, 5),
@@ -97,7 +96,8 @@ def evaluate_checkpoint(
 
     checkpoint = load_checkpoint(path)
     origin, precision = checkpoint["provenance"], checkpoint["precision"]
-    model, report = counted(checkpoint)
+    model, energy = counted(checkpoint)
+    report = energy.macs
     if precision == "int8":
         device = torch.device("cpu")  # torch's integer kernels are CPU kernels
     images, labels = data
@@ -130,7 +130,7 @@ def evaluate_checkpoint(
         "macs_nonzero": report.nonzero_macs,
         "relative_energy": round(energy_score(report.nonzero_macs, bits), 4),
         "relative_energy_dense": round(energy_score(report.macs, bits), 4),
-        **energy_columns(report, bits),
+        **energy_columns(energy, bits),
         "epochs": origin["arguments"].get("epochs"),
         "parent": origin["parent"],
         "checkpoint": str(path),

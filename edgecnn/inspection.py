@@ -3,20 +3,20 @@
 from pathlib import Path
 
 from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
+from edgecnn.energy import modelled_energy
 from edgecnn.int8 import int8_model
 from edgecnn.model import IMAGE_SHAPE, fold_batch_norm
 from edgecnn.packing import storage_bytes
 from edgecnn.tables import markdown_table
-from mac_hooks import count_macs
 
 
 def counted(checkpoint: dict):
-    """(the runnable network of a checkpoint, its MacReport as deployed: BN folded into convolutions)."""
+    """(the runnable network of a checkpoint, its EnergyReport as deployed: BN folded)."""
     if checkpoint["precision"] == "int8":
         model = int8_model(checkpoint)
-        return model, count_macs(model, IMAGE_SHAPE)
+        return model, modelled_energy(model, IMAGE_SHAPE)
     model = fp32_model(checkpoint)
-    return model, count_macs(fold_batch_norm(model), IMAGE_SHAPE)
+    return model, modelled_energy(fold_batch_norm(model), IMAGE_SHAPE)
 
 
 def inspection(path: Path) -> str:
@@ -44,6 +44,6 @@ def inspection(path: Path) -> str:
             "",
             markdown_table(header, [*lines, total]),
             "",
-            counted(checkpoint)[1].energy_table(),
+            counted(checkpoint)[1].table(),
         ]
     )

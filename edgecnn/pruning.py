@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from edgecnn.energy import weight_energy_pj
 from edgecnn.errors import UserError
 from edgecnn.model import IMAGE_SHAPE, weight_layers
-from mac_hooks import count_macs, weight_energy_pj
+from mac_hooks import count_macs
 
 CRITERIA = ("l1", "layer-rank", "lamp", "energy")
 DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight

@@ -10,6 +10,7 @@ from conftest import run_main
 
 from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
 from edgecnn.data import load_sample
+from edgecnn.energy import MAC_PJ, SRAM_PJ_PER_BYTE
 from edgecnn.errors import UserError
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
 from edgecnn.pruning import (
@@ -21,7 +22,7 @@ from edgecnn.pruning import (
     prune_globally,
 )
 from edgecnn.train import Recipe, fit
-from mac_hooks import MAC_PJ, SRAM_PJ_PER_BYTE, count_macs
+from mac_hooks import count_macs
 from prune_finetune import HEADLINE_RECIPE
 
 WEIGHTS, MACS = 619_872, 10_848_768
