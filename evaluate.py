@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecnn.budget import HELP, answer, parse_budget
-from edgecnn.cli import Parser, add_run_arguments, run_name
+from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_name
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import (
     MADE_BY,
+    json_bytes,
     lowest_seed_rows,
     read_json,
     read_rows,
-    require_writable,
-    write_json,
+    sha256,
     write_text,
 )
 from edgecnn.names import DEFAULT_CRITERION, REPOSITORY, is_always_shown, results_dir, variant_name
 from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
+from edgecnn.step import COMMIT, results_step, source_digests
 from edgecnn.tables import markdown_table
 
 # What needs torch is imported where it is used: --budget has to answer at once.
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 README = REPOSITORY / "README.md"
+OUTPUTS = ("metrics.json", "table.md", "table_all.md", "layers.json")
 # simulate_hardware.py's keys begin so; checkpoints never have them.
 HARDWARE_KEYS = (
     "hardware_",
@@ -186,7 +188,7 @@ def evaluate_checkpoint(
     """
     import torch
 
-    from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
+    from edgecnn.checkpoint import load_checkpoint
     from edgecnn.packing import storage_bytes
     from edgecnn.train import predict
     from mac_hooks import energy_score
@@ -611,13 +613,13 @@ def read_hardware(folder: Path) -> list[dict]:
     return rows
 
 
-def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
-    """Write metrics.json and both tables of the rows, with the targets' figures; the main table."""
-    rows = with_hardware(rows, hardware)
-    write_json(folder / "metrics.json", rows)
-    write_text(folder / "table.md", tables(rows))
-    write_text(folder / "table_all.md", all_tables(rows))
-    return tables(rows)
+def table_files(rows: list[dict]) -> dict[str, bytes]:
+    """metrics.json and both tables of the rows, by name."""
+    return {
+        "metrics.json": json_bytes(rows),
+        "table.md": tables(rows).encode(),
+        "table_all.md": all_tables(rows).encode(),
+    }
 
 
 def tables(rows: list[dict]) -> str:
@@ -655,7 +657,7 @@ def readme_with(readme: str, block: str, run: str) -> str:
 
 def inspection(path: Path) -> str:
     """What a checkpoint is, how it was made, its tensors, and where MACs and energy sit."""
-    from edgecnn.checkpoint import load_checkpoint, sha256
+    from edgecnn.checkpoint import load_checkpoint
     from edgecnn.packing import storage_bytes
 
     checkpoint = load_checkpoint(path)
@@ -724,6 +726,7 @@ def parse_arguments():
         default="cpu",
         help="where FP32 variants run; INT8 always runs on the CPU (default: %(default)s)",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     return parser.parse_args()
 
@@ -798,20 +801,23 @@ def main():
     folder = results_dir(run_name(args))
     readme = readme_to_update(args)
     paths = args.checkpoints or find_checkpoints(run_name(args))
-    if not args.checkpoints:
-        require_complete(paths, folder / "metrics.json")
-        require_writable(folder)
-    hardware = read_hardware(folder)
-    rows = measure(paths, args)
     if args.checkpoints:
-        print(f"\n{variant_table(rows)}")
-        return
-    write_json(folder / "layers.json", [row for path in paths for row in layer_rows(path)])
-    table = write_tables(folder, rows, hardware)
+        return print(f"\n{variant_table(measure(paths, args))}")
+    arguments = {"holdout": args.holdout, "smoke": args.smoke}
+    parents = [*paths, *folder.glob("hardware.json")]
+    code = source_digests("evaluate.py")
+    step = results_step(folder, "evaluate", code, arguments, parents, OUTPUTS, args.force)
+    if not step.kept():
+        require_complete(paths, folder / "metrics.json")
+        hardware = read_hardware(folder)
+        contents = table_files(with_hardware(measure(paths, args), hardware))
+        contents["layers.json"] = json_bytes([row for path in paths for row in layer_rows(path)])
+        step.commit({folder / name: contents[name] for name in OUTPUTS})
+        print(f"wrote {', '.join(OUTPUTS)} in {folder}")
+    table = (folder / "table.md").read_text(encoding="utf-8")
     print(f"\n{table}")
     if readme is not None:
         write_text(README, readme_with(readme, table, args.run))
-    print(f"wrote metrics.json, table.md and table_all.md in {folder}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ same cost and better in one of the two. Reference points from elsewhere never en
 The headline variants and each panel's front are named; every other variant is a small mark.
 """
 
+import io
 import itertools
 import textwrap
 from pathlib import Path
@@ -38,11 +39,12 @@ from edgecnn.budget import (
     parse_budget,
     ranked,
 )
-from edgecnn.cli import Parser
+from edgecnn.cli import Parser, add_force_argument
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import MADE_BY, atomic_path, in_range, read_json, read_rows
+from edgecnn.files import MADE_BY, in_range, read_json, read_rows, write_files
 from edgecnn.names import NAME_PATTERN, is_always_shown, results_dir
 from edgecnn.peers import ORIGINAL, RESNET8
+from edgecnn.step import results_step, source_digests
 
 # ---------------------------------------------------------------------------------------------
 # Constants
@@ -642,15 +644,13 @@ def break_even_rows(path: Path) -> list[dict]:
     return rows
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write <name>.png and <name>.svg, both or neither, and print their paths."""
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
-    with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
-        figure.savefig(png_temporary)
-        figure.savefig(svg_temporary, metadata={"Date": None})
-    print(png)
-    print(svg)
+def rendered(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as PNG and as SVG; equal rows give equal files."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: nothing of the moment gets in
+    figure.savefig(png, format="png")
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -670,6 +670,7 @@ def parse_arguments():
         metavar="FILE",
         help="rows to draw, the pictures beside it (default: the run's metrics.json)",
     )
+    add_force_argument(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--budget",
@@ -685,24 +686,37 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def figure_of(args, source: Path, limits) -> Figure | None:
+    """The picture that the arguments ask for; None where its figures were not measured."""
+    if args.break_even:
+        rows = break_even_rows(source)
+        return draw_break_even(rows) if rows else None
+    if args.layers:
+        return draw_layers(args.layers, layers_of(source, args.layers))
+    needed = {key: COST_RANGE for key, *_ in PANELS}
+    return draw(read_rows(source, needed, dict.fromkeys(CI_KEYS, (0, 100))), limits)
+
+
 @user_errors_exit_2
 def main() -> None:
     args = parse_arguments()
     limits = parse_budget(args.budget or [])
-    metrics = args.metrics or results_dir(args.run) / "metrics.json"
+    source = args.metrics or results_dir(args.run) / "metrics.json"
     name = "optimization_results_budget" if limits else "optimization_results"
     if args.break_even:
-        name, rows = "break_even", break_even_rows(metrics.with_name("break_even.json"))
-        if not rows:
-            return print("break-even: not measured, no picture")
-        figure = draw_break_even(rows)
+        name, source = "break_even", source.with_name("break_even.json")
     elif args.layers:
-        name = f"layers_{args.layers}"
-        figure = draw_layers(args.layers, layers_of(metrics.with_name("layers.json"), args.layers))
-    else:
-        needed = {key: COST_RANGE for key, *_ in PANELS}
-        figure = draw(read_rows(metrics, needed, dict.fromkeys(CI_KEYS, (0, 100))), limits)
-    save(figure, metrics.parent, name)
+        name, source = f"layers_{args.layers}", source.with_name("layers.json")
+    code, files = source_digests("plot_pareto.py"), (f"{name}.png", f"{name}.svg")
+    step = results_step(source.parent, name, code, {}, [source], files, args.force)
+    if not limits and step.kept():  # limits are for trying out: always drawn
+        return
+    figure = figure_of(args, source, limits)
+    if figure is None:
+        return print("break-even: not measured, no picture")
+    write = write_files if limits else step.commit
+    write(dict(zip(step.outputs, rendered(figure), strict=True)))
+    print(*step.outputs, sep="\n")
 
 
 if __name__ == "__main__":
