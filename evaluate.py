@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecnn.budget import HELP, answer, parse_budget
-from edgecnn.cli import Parser, add_run_arguments, run_name
+from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_name
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
-from edgecnn.docs import render, write_tables
+from edgecnn.docs import TABLES, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import MADE_BY, read_json, read_rows, require_writable, write_json
+from edgecnn.files import MADE_BY, json_bytes, read_json, read_rows
 from edgecnn.hardware import read_hardware
 from edgecnn.names import results_dir
+from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
 
 # What needs torch is imported where it is used: --budget and --docs have to answer at once.
@@ -185,6 +186,7 @@ def parse_arguments():
         default="cpu",
         help="where FP32 variants run; INT8 always runs on the CPU (default: %(default)s)",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     args = parser.parse_args()
     if sum(map(bool, (args.checkpoints, args.inspect, args.budget, args.docs))) > 1:
@@ -235,6 +237,14 @@ def measure(paths: list[Path], args) -> list[dict]:
     return sorted(compare(rows, hits), key=sort_key)
 
 
+def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
+    """The step that writes metrics.json, the tables and layers.json of these checkpoints."""
+    arguments = {"holdout": args.holdout, "smoke": args.smoke}
+    parents = [*paths, *folder.glob("hardware.json")]
+    outputs, code = (*TABLES, "layers.json"), source_digests("evaluate.py")
+    return results_step(folder, "evaluate", code, arguments, parents, outputs, args.force)
+
+
 @user_errors_exit_2
 def main():
     args = parse_arguments()
@@ -252,13 +262,14 @@ def main():
     if args.checkpoints:
         rows = measure(paths, args)
         return print(f"\n{accuracy_table(rows)}\n\n{cost_table(rows)}")
-    require_complete(paths, folder / "metrics.json")
-    require_writable(folder)
-    hardware = read_hardware(folder)
-    rows = measure(paths, args)
-    write_json(folder / "layers.json", [row for path in paths for row in layer_rows(path)])
-    print(f"\n{write_tables(folder, rows, hardware)}")
-    print(f"wrote metrics.json, table.md and table_all.md in {folder}")
+    step = evaluate_step(args, folder, paths)
+    if not step.kept():
+        require_complete(paths, folder / "metrics.json")
+        hardware = read_hardware(folder)
+        contents = table_files(folder, measure(paths, args), hardware)
+        contents["layers.json"] = json_bytes([row for path in paths for row in layer_rows(path)])
+        step.commit({folder / name: content for name, content in contents.items()})
+    print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,20 @@ from pathlib import Path
 import numpy as np
 
 from edgecnn.c_source import c_source, host_parity, stored_layers
-from edgecnn.checkpoint import find_checkpoints, load_checkpoint, provenance, sha256
-from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
+from edgecnn.checkpoint import find_checkpoints, load_checkpoint, provenance
+from edgecnn.cli import (
+    Parser,
+    add_force_argument,
+    add_run_arguments,
+    positive_int,
+    run_name,
+)
 from edgecnn.data import Split, load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import atomic_path, require_writable, write_json, write_text
+from edgecnn.files import write_text
 from edgecnn.int8 import int8_graph, int8_model, integer_logits, quantize_images, set_engine
 from edgecnn.names import checkpoints_dir, results_dir
+from edgecnn.step import Step, source_digests
 from edgecnn.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 
 MIN_IMAGES = 25  # fewer would say nothing
@@ -142,16 +149,12 @@ def c_artifact(name: str, checkpoint: dict, data: Split) -> tuple[str, dict]:
     }
 
 
-def publish(folder: Path, name: str, files: dict[str, bytes], result: dict) -> None:
-    """Write a variant's files, then its JSON; the old JSON never stands beside a new file."""
-    json_path = folder / f"{name}.json"
-    json_path.unlink(missing_ok=True)
-    for file, content in files.items():
-        with atomic_path(folder / file) as temporary:
-            temporary.write_bytes(content)
-    write_json(json_path, result)
+def write_artifacts(step: Step, contents: dict[Path, bytes], result: dict) -> None:
+    """Write a variant's files and its JSON."""
+    step.commit(contents, result)
     print(
-        f"wrote {json_path} and {', '.join(files)}: {result['agreement_percent']:.2f} % agreement on "
+        f"wrote {step.record} and {', '.join(path.name for path in contents)}: "
+        f"{result['agreement_percent']:.2f} % agreement on "
         f"{result['parity_images']:,} images, at most {result['max_difference_lsb']} LSB apart, "
         f"accuracy {result['accuracy_percent']:.2f} % (torch {result['torch_accuracy_percent']:.2f})"
     )
@@ -173,6 +176,7 @@ def parse_arguments():
         default=IMAGES,
         help="images on which the artifacts are compared with torch (default: %(default)s)",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     args = parser.parse_args()
     if args.images < MIN_IMAGES:
@@ -192,6 +196,26 @@ def int8_checkpoints(args, run: str) -> dict[Path, dict]:
     return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
 
 
+def export_step(path: Path, folder: Path, args) -> Step:
+    """The step of one checkpoint; its JSON of figures is the record."""
+    arguments = {"images": args.images, "smoke": args.smoke}
+    outputs = tuple(folder / f"{path.stem}.{kind}" for kind in ("tflite", "c"))
+    code = source_digests("export_edge.py", "firmware/*.[ch]")
+    record = folder / f"{path.stem}.json"
+    return Step(run_name(args), record, arguments, (path,), outputs, code, args.force)
+
+
+def export(step: Step, checkpoint: dict, data: Split, test_set: str, args) -> None:
+    """Make one checkpoint's files, hold them against PyTorch, write them."""
+    name, few = step.record.stem, (data[0][: args.images], data[1][: args.images])
+    content, figures = tflite_artifact(step.parents[0], checkpoint, data, args.images, test_set)
+    code, c_figures = c_artifact(name, checkpoint, few)
+    lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
+    lineage["checkpoint_sha256"] = step.digests[step.parents[0].name]
+    contents = dict(zip(step.outputs, (content, code.encode()), strict=True))
+    write_artifacts(step, contents, {**provenance(name, args, **lineage), **figures, **c_figures})
+
+
 @user_errors_exit_2
 def main():
     args = parse_arguments()
@@ -201,18 +225,13 @@ def main():
         print("not measured: tflite-micro is missing; pip install -r firmware/requirements.txt")
         return
     checkpoints = int8_checkpoints(args, run)
-    require_writable(folder)
-    data, test_set = load_judging(args)
-    few = data[0][: args.images], data[1][: args.images]
-    for path, checkpoint in checkpoints.items():
-        content, figures = tflite_artifact(path, checkpoint, data, args.images, test_set)
-        code, c_figures = c_artifact(path.stem, checkpoint, few)
-        files = {f"{path.stem}.tflite": content, f"{path.stem}.c": code.encode()}
-        lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
-        origin = provenance(path.stem, args, **lineage, checkpoint_sha256=sha256(path))
-        publish(folder, path.stem, files, {**origin, **figures, **c_figures})
+    steps = {path: export_step(path, folder, args) for path in checkpoints}
+    todo = [path for path, step in steps.items() if not step.kept()]
+    data, test_set = load_judging(args) if todo else (None, "")
+    for path in todo:
+        export(steps[path], checkpoints[path], data, test_set, args)
     baseline = checkpoints_dir(run) / "baseline_fp32.pt"
-    if baseline.exists() and not args.checkpoint:  # C alone: there is no FP32 .tflite here
+    if todo and baseline.exists() and not args.checkpoint:  # C alone: there is no FP32 .tflite here
         layers = stored_layers(load_checkpoint(baseline, "fp32"))
         write_text(folder / "baseline_fp32.c", c_source(layers, "fp32"))
 

@@ -36,15 +36,16 @@ from edgecnn.budget import (
     parse_budget,
     ranked,
 )
-from edgecnn.cli import Parser, run_name
+from edgecnn.cli import Parser, add_force_argument, run_name
 from edgecnn.compare import pareto_front
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.figures import GREY, draw_break_even, draw_layers, layers_of, save
-from edgecnn.files import read_rows
+from edgecnn.figures import GREY, draw_break_even, draw_layers, drawn, layers_of
+from edgecnn.files import read_rows, write_files
 from edgecnn.hardware import read_break_even
 from edgecnn.labels import label_points
 from edgecnn.names import NAME_PATTERN, results_dir
 from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
+from edgecnn.step import results_step, source_digests
 
 # A panel a line: the row's key, what one axis unit is in the key's unit, the axis label, and the
 # limits of a budget that take its place.
@@ -309,6 +310,7 @@ def parse_arguments():
         metavar="FILE",
         help="rows to draw, the pictures beside it (default: the run's metrics.json)",
     )
+    add_force_argument(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--budget",
@@ -324,25 +326,38 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def figure_of(args, source: Path, limits) -> Figure | None:
+    """The picture that the arguments ask for; None where its figures were not measured."""
+    if args.break_even:
+        rows = read_break_even(source.parent)
+        return draw_break_even(rows) if rows else None
+    if args.layers:
+        return draw_layers(args.layers, layers_of(source, args.layers))
+    needed = {key: COST_RANGE for (key, *_), _ in PANELS}
+    optional = dict.fromkeys(CI_KEYS, (0, 100)) | {FLASH[0]: COST_RANGE}
+    return draw(read_rows(source, needed, optional), limits)
+
+
 @user_errors_exit_2
 def main() -> None:
     args = parse_arguments()
     limits = parse_budget(args.budget or [])
-    metrics = args.metrics or results_dir(run_name(args)) / "metrics.json"
+    source = args.metrics or results_dir(run_name(args)) / "metrics.json"
     name = "optimization_results_budget" if limits else "optimization_results"
     if args.break_even:
-        name, rows = "break_even", read_break_even(metrics.parent)
-        if not rows:
-            return print("break-even: not measured, no picture")
-        figure = draw_break_even(rows)
+        name, source = "break_even", source.with_name("break_even.json")
     elif args.layers:
-        name = f"layers_{args.layers}"
-        figure = draw_layers(args.layers, layers_of(metrics.with_name("layers.json"), args.layers))
-    else:
-        needed = {key: COST_RANGE for (key, *_), _ in PANELS}
-        optional = dict.fromkeys(CI_KEYS, (0, 100)) | {FLASH[0]: COST_RANGE}
-        figure = draw(read_rows(metrics, needed, optional), limits)
-    save(figure, metrics.parent, name)
+        name, source = f"layers_{args.layers}", source.with_name("layers.json")
+    code, files = source_digests("plot_pareto.py"), (f"{name}.png", f"{name}.svg")
+    step = results_step(source.parent, name, code, {}, [source], files, args.force)
+    if not limits and step.kept():  # limits are for trying out: always drawn
+        return
+    figure = figure_of(args, source, limits)
+    if figure is None:
+        return print("break-even: not measured, no picture")
+    write = write_files if limits else step.commit
+    write(dict(zip(step.outputs, drawn(figure), strict=True)))
+    print(*step.outputs, sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ Writes  checkpoints/pruned_<percent>_fp32.pt  results/pruned_<percent>_fp32.json
     python prune_finetune.py --smoke                    # seconds; reads checkpoints/smoke/
 
 Zeros save storage, and energy only on hardware that skips them; dense kernels multiply them.
+Finished levels are kept, a stopped training goes on after its last epoch; --force starts anew.
 """
 
 import argparse
+import functools
 import itertools
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -26,18 +29,17 @@ from edgecnn.checkpoint import (
     load_checkpoint,
     parent_fields,
     provenance,
-    publish,
     require_unseen_holdout,
-    sha256,
+    save_variant,
 )
 from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
-from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import require_writable
+from edgecnn.errors import user_errors_exit_2
 from edgecnn.model import fold_batch_norm
-from edgecnn.names import DEFAULT_CRITERION, checkpoints_dir, results_dir, variant_name
+from edgecnn.names import DEFAULT_CRITERION, checkpoints_dir, variant_name
 from edgecnn.pruning import CRITERIA, hold_zeros, layer_sparsity_percent, prune_globally
-from edgecnn.train import WEIGHT_DECAY, Recipe, environment, fit, pick_device
+from edgecnn.step import Step, variant_step
+from edgecnn.train import DECISIVE, WEIGHT_DECAY, Recipe, environment, fit, pick_device
 
 # The fine-tuning recipe, settled with --holdout; distillation is the teacher's share of the loss.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
@@ -45,11 +47,7 @@ RECIPE |= {"weight_decay": WEIGHT_DECAY, "distillation": 0.0}
 # Teacher and weight decay were tried in benchmarks/ablation.py, at 8 epochs; 15 were not tried.
 HEADLINE_RECIPE = RECIPE | {"epochs": 15, "weight_decay": 1e-4, "distillation": 0.7}
 SPARSITY = 0.5
-# The arguments that decide a level's weights, besides its parent's.
-DECISIVE = (
-    *("sparsity", "criterion", "epochs", "batch_size", "learning_rate", "weight_decay"),
-    *("distillation", "seed", "holdout"),
-)
+PRUNING = ("sparsity", "criterion", "weight_decay", "distillation")  # decide, as DECISIVE does
 
 
 # ---- the step ----------------------------------------------------------------------------------
@@ -69,7 +67,7 @@ def parse_arguments():
         default=[SPARSITY],
         metavar="SHARE",
         help="share of all weights set to zero, in [0, 1); several in rising order prune gradually, "
-        "keeping levels made before; 0 = the dense control (default: 0.5)",
+        "0 = the dense control (default: 0.5)",
     )
     parser.add_argument(
         "--criterion",
@@ -91,123 +89,91 @@ def method_name(sparsity: float) -> str:
     return f"pruned_{100 * sparsity:g}" if sparsity else "control"
 
 
-def split_levels(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each level; the levels that follow one count among its later epochs."""
-    count = len(args.sparsity)
-    later = [args.epochs_after + args.epochs * (count - i) for i in range(1, count + 1)]
-    pairs = zip(args.sparsity, later, strict=True)
-    return [argparse.Namespace(**vars(args) | {"sparsity": s, "epochs_after": n}) for s, n in pairs]
-
-
-def level_paths(args: argparse.Namespace, run: str) -> tuple[Path, Path]:
-    """A level's checkpoint and JSON."""
+def level_step(args: argparse.Namespace, run: str, parent: Path, baseline: Path) -> Step:
+    """The step of one level: made from its parent, and with distillation taught by the baseline."""
     name = variant_name(method_name(args.sparsity), "fp32", args.criterion, args.seed)
-    return checkpoints_dir(run) / f"{name}.pt", results_dir(run) / f"{name}.json"
+    arguments = {key: getattr(args, key) for key in DECISIVE + PRUNING} | {"parent": parent.stem}
+    parents = (parent, baseline) if args.distillation else (parent,)
+    return variant_step(run, name, "prune_finetune.py", arguments, parents, args.force)
 
 
-def changed_arguments(origin: dict, args: argparse.Namespace, parent: str) -> str:
-    """What of an existing level differs from what is asked for; empty when nothing does."""
-    older = {"distillation": 0.0, "weight_decay": WEIGHT_DECAY}  # what older files lack
-    theirs = older | origin["arguments"] | {"parent": origin["parent"]}
-    ours = vars(args) | {"parent": parent}
-    keys = (*DECISIVE, "parent")
-    return ", ".join(f"{key} {theirs.get(key)}" for key in keys if theirs.get(key) != ours[key])
-
-
-def require_one_sweep(levels: list[argparse.Namespace], run: str, parent_path: Path) -> None:
-    """Raise UserError, naming what differs, where levels of another sweep would be lost."""
-    for args in levels:
-        path, _ = level_paths(args, run)
-        if path.exists():
-            origin = load_checkpoint(path)["provenance"]
-            changed = changed_arguments(origin, args, parent_path.stem)
-            if changed:
-                raise UserError(
-                    f"{path} was made with {changed}; give the same, or delete the file"
-                )
-        parent_path = path
-
-
-def lineage(args: argparse.Namespace, parent_path: Path, baseline_path: Path) -> dict:
-    """The provenance keys that name a level's parent and, with distillation, its teacher."""
-    taught = {"teacher_sha256": sha256(baseline_path)} if args.distillation else {}
-    return parent_fields(parent_path) | taught
-
-
-def load_teacher(args: argparse.Namespace, baseline_path: Path) -> nn.Module | None:
+def load_teacher(args: argparse.Namespace, baseline: Path) -> nn.Module | None:
     """The run's baseline, BN folded, for distillation; None without it."""
     if not args.distillation:
         return None
-    checkpoint = load_checkpoint(baseline_path, "fp32")
+    checkpoint = load_checkpoint(baseline, "fp32")
     require_unseen_holdout(checkpoint, args.holdout)
     return fold_batch_norm(fp32_model(checkpoint))
 
 
-def made_before(args: argparse.Namespace, run: str, ancestors: dict) -> bool:
-    """Whether a level is finished, of these arguments and this very lineage."""
-    path, json_path = level_paths(args, run)
-    if not (path.exists() and json_path.exists()):
-        return False
-    origin = load_checkpoint(path)["provenance"]
-    return ancestors.items() <= origin.items() and not changed_arguments(
-        origin, args, ancestors["parent"]
-    )
+def warn_of_empty_layers(model: nn.Module) -> None:
+    """Say which layers pruning left without a weight: nothing of an image gets through them."""
+    empty = [name for name, zeros in layer_sparsity_percent(model).items() if zeros == 100]
+    if empty:
+        print(
+            f"warning: no weight is left in {', '.join(empty)}: try another --criterion or fewer "
+            "zeros",
+            file=sys.stderr,
+        )
 
 
-def prune_level(args, parent_path, run: str, data, device, ancestors: dict, teacher) -> Path:
-    """Prune the parent to args.sparsity, fine-tune, write the checkpoint and JSON; their path."""
-    name, method = level_paths(args, run)[0].stem, method_name(args.sparsity)
-    model = fp32_model(load_checkpoint(parent_path, "fp32"))
+def prune_level(args, step: Step, model, data, device, teacher, epochs_after: int) -> None:
+    """Prune the parent's network to args.sparsity, fine-tune, write the checkpoint and JSON."""
     train, validation = data
     masks = prune_globally(model, args.sparsity, args.criterion)
+    warn_of_empty_layers(model)
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
-    pruning = f"{ancestors['parent_sha256']} at {args.sparsity} {args.criterion}"
-    taught = f" taught by {ancestors['teacher_sha256']}" if teacher else ""
-    start = f"{pruning}{taught}, {len(train[1])} images"
+    lineage = parent_fields(step.parents[0])
+    if teacher:
+        lineage["teacher_sha256"] = step.digests[step.parents[1].name]
+    start = f"{sorted(step.digests.items())} at {args.sparsity} {args.criterion}"
     parts = {"weight_decay": args.weight_decay, "distillation": args.distillation}
-    recipe = Recipe.from_arguments(args, start, **parts)
-    resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
     history = fit(
         model,
         train,
-        recipe,
+        Recipe.from_arguments(args, f"{start}, {len(train[1])} images", **parts),
         device,
         validation,
-        resume_path,
-        args.resume,
+        step.resume_path,
+        step.code,
         after_step=lambda: hold_zeros(model, masks),
         teacher=teacher,
-        epochs_after=args.epochs_after,
+        epochs_after=epochs_after,
     )
-    made = {"method": method, "criterion": args.criterion if args.sparsity else None}
-    origin = provenance(name, args, **ancestors, **made, seed=args.seed, holdout=args.holdout)
+    made = {"method": method_name(args.sparsity)}
+    made["criterion"] = args.criterion if args.sparsity else None
+    name = step.record.stem
+    origin = provenance(name, args, **lineage, **made, seed=args.seed, holdout=args.holdout)
     zeros = {"layer_sparsity_percent": layer_sparsity_percent(model)}
     result = {**environment(device), **zeros, "history": history}
-    path = publish(run, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
-    resume_path.unlink(missing_ok=True)
-    return path
+    save_variant(step, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
 
 
 @user_errors_exit_2
 def main():
     args = parse_arguments()
     device, run = pick_device(args.device), run_name(args)
-    require_writable(checkpoints_dir(run), results_dir(run))
-    baseline_path = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
-    parent_path = args.checkpoint or baseline_path
-    require_unseen_holdout(load_checkpoint(parent_path, "fp32"), args.holdout)
-    teacher = load_teacher(args, baseline_path)
-    data = load_training(args.data_dir, args.holdout, args.smoke)
-    levels = split_levels(args)
-    if len(levels) > 1:
-        require_one_sweep(levels, run, parent_path)
-    for level in levels:
-        ancestors = lineage(level, parent_path, baseline_path)
-        if len(levels) > 1 and made_before(level, run, ancestors):
-            parent_path = level_paths(level, run)[0]
-            print(f"{parent_path} was made before, with the same arguments: kept")
-        else:
-            parent_path = prune_level(level, parent_path, run, data, device, ancestors, teacher)
+    baseline = checkpoints_dir(run) / f"{variant_name('baseline', 'fp32', seed=args.seed)}.pt"
+    parent, levels = args.checkpoint or baseline, []
+    for share in args.sparsity:  # each level starts from the one before
+        level = argparse.Namespace(**vars(args) | {"sparsity": share})
+        levels.append((level, level_step(level, run, parent, baseline)))
+        parent = levels[-1][1].outputs[0]
+    for _, step in levels:
+        step.require_same_arguments()
+
+    @functools.cache
+    def inputs():
+        """Loaded only for a level that is not kept."""
+        data = load_training(args.data_dir, args.holdout, args.smoke)
+        return data, device, load_teacher(args, baseline)
+
+    for done, (level, step) in enumerate(levels, start=1):
+        if not step.kept():
+            checkpoint = load_checkpoint(step.parents[0], "fp32")
+            require_unseen_holdout(checkpoint, args.holdout)
+            epochs_after = (len(levels) - done) * args.epochs
+            prune_level(level, step, fp32_model(checkpoint), *inputs(), epochs_after)
 
 
 if __name__ == "__main__":

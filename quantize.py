@@ -1,11 +1,11 @@
-"""Step 2: post-training static quantization of an FP32 checkpoint to INT8, weights and activations.
+"""Step 2: post-training static quantization of FP32 checkpoints to INT8, weights and activations.
 
-Reads   an FP32 checkpoint (default checkpoints/baseline_fp32.pt), training images for calibration
-Writes  checkpoints/<name>_int8.pt  results/<name>_int8.json
+Reads   checkpoints/*_fp32.pt (or the one given), training images for calibration
+Writes  checkpoints/<name>_int8.pt  results/<name>_int8.json, a pair a checkpoint
 
-    python quantize.py
+    python quantize.py                   # every one that is not quantized yet
     python quantize.py --checkpoint checkpoints/pruned_50_fp32.pt
-    python quantize.py --smoke           # seconds; reads checkpoints/smoke/baseline_fp32.pt
+    python quantize.py --smoke           # seconds; reads checkpoints/smoke/
 
 BN is folded and ReLU fused; activations are unsigned 8 bit, per tensor; weights are symmetric in
 [-127, 127], per channel for convolutions and per tensor for Linear layers. A zero weight stays zero.
@@ -25,21 +25,28 @@ from edgecnn.checkpoint import (
     load_checkpoint,
     parent_fields,
     provenance,
-    publish,
+    save_variant,
 )
-from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
+from edgecnn.cli import (
+    Parser,
+    add_force_argument,
+    add_run_arguments,
+    positive_int,
+    run_name,
+)
 from edgecnn.data import load_training, normalize
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.files import require_writable
 from edgecnn.int8 import LAYERS, int8_model, set_engine
 from edgecnn.model import EdgeCNN, fold_batch_norm
-from edgecnn.names import checkpoints_dir, results_dir
+from edgecnn.names import checkpoints_dir
+from edgecnn.step import Step, variant_step
 from edgecnn.train import predict
 
 ENGINE = "qnnpack"  # ARM's engine: what a phone or a Raspberry Pi runs; slow on x86
 CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 CALIBRATION_SEED = 0  # which training images calibrate
+DECISIVE = ("engine", "calibration_images", "smoke")  # the arguments that decide the result
 
 # torch.ao.quantization works in the pinned torch and says at every call that it will move to torchao.
 warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
@@ -127,7 +134,7 @@ def parse_arguments():
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="FP32 checkpoint to quantize, dense or pruned (default: the run's baseline_fp32.pt)",
+        help="FP32 checkpoint to quantize, dense or pruned (default: all of the run)",
     )
     parser.add_argument(
         "--engine",
@@ -141,17 +148,14 @@ def parse_arguments():
         default=CALIBRATION_IMAGES,
         help="training images that set the activations' ranges (default: %(default)s)",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     return parser.parse_args()
 
 
-@user_errors_exit_2
-def main():
-    args = parse_arguments()
-    run = run_name(args)
-    require_writable(checkpoints_dir(run), results_dir(run))
-    set_engine(args.engine)
-    parent_path = args.checkpoint or checkpoints_dir(run) / "baseline_fp32.pt"
+def quantize_checkpoint(step: Step, parent_path: Path, args) -> None:
+    """Quantize one FP32 checkpoint, and write what became of it."""
+
     parent = load_checkpoint(parent_path, "fp32")
     ancestry = parent["provenance"]
     holdout = ancestry.get("holdout", False)  # then the calibration sees no validation image either
@@ -171,15 +175,28 @@ def main():
         "agreement_with_parent_percent": 100 * agree.double().mean().item(),
     }
 
-    name = parent_path.stem.removesuffix("_fp32") + "_int8"
     lineage = {key: ancestry[key] for key in ("method", "criterion", "seed")}
     lineage |= parent_fields(parent_path)
-    origin = provenance(name, args, **lineage, holdout=holdout)
+    origin = provenance(step.record.stem, args, **lineage, holdout=holdout)
     packed = lineage["method"].startswith("pruned")
     result = {"calibration": calibration, **quantization}
-    publish(run, origin, "int8", tensors, result, quantization=quantization, packed=packed)
+    save_variant(step, origin, "int8", tensors, result, quantization, packed)
     percent = calibration["agreement_with_parent_percent"]
-    print(f"{name} agrees with {parent_path.stem} on {percent:.2f} % of the calibration images")
+    print(f"{step.record.stem}: {percent:.2f} % of the calibration images as {parent_path.stem}")
+
+
+@user_errors_exit_2
+def main():
+    args = parse_arguments()
+    run = run_name(args)
+    set_engine(args.engine)
+    arguments = {key: getattr(args, key) for key in DECISIVE}
+    folder, only = checkpoints_dir(run), [args.checkpoint] if args.checkpoint else []
+    for path in only or sorted(folder.glob("*_fp32.pt")) or [folder / "baseline_fp32.pt"]:
+        name = path.stem.removesuffix("_fp32") + "_int8"
+        step = variant_step(run, name, "quantize.py", arguments, (path,), args.force)
+        if not step.kept():
+            quantize_checkpoint(step, path, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Step 7: what every variant costs on hardware: an interpreter, an NPU, a Cortex-M; none of it silicon.
 
 Reads   checkpoints/*.pt, results/edge/<variant>.tflite and .json (export_edge.py), data/ (20 images)
-Writes  results/hardware.json, which `python evaluate.py --docs` joins into metrics.json and tables
+Writes  results/hardware.json, whose figures evaluate.py joins to its tables
 
     python simulate_hardware.py                 # after export_edge.py
     python simulate_hardware.py --break-even    # where sparsity starts to pay: results/break_even.json
@@ -14,20 +14,28 @@ a pruned FP32 network would run the baseline's dense kernels.
 """
 
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, stored_layers
-from edgecnn.checkpoint import COMMIT, find_checkpoints, load_checkpoint, sha256
-from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
-from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools
+from edgecnn.checkpoint import find_checkpoints, load_checkpoint
+from edgecnn.cli import (
+    Parser,
+    add_force_argument,
+    add_run_arguments,
+    positive_int,
+    run_name,
+)
+from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools, tool_versions
 from edgecnn.data import load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
-from edgecnn.files import read_json, require_writable, write_json
+from edgecnn.files import json_bytes, read_json, sha256
 from edgecnn.int8 import with_zeros
 from edgecnn.names import results_dir
+from edgecnn.step import COMMIT, Step, results_step, source_digests
 from edgecnn.tflite import write_tflite
 
 IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
@@ -149,6 +157,7 @@ def parse_arguments():
         action="store_true",
         help="instead, dense against sparse kernels at rising shares of zeros",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     return parser.parse_args()
 
@@ -165,27 +174,45 @@ def variants(run: str) -> list[Path]:
     ]
 
 
+def tools() -> dict[str, str]:
+    """The versions of what counts and models, of those that are here: figures depend on them."""
+    found = {"ethos-u-vela": version("ethos-u-vela")} if vela_installed() else {}
+    try:
+        return found | tool_versions()
+    except NotInstalled:
+        return found
+
+
+def hardware_step(args, folder: Path, paths: list[Path]) -> Step:
+    """The step that writes hardware.json, or break_even.json of the first checkpoint."""
+    name = "break_even" if args.break_even else "hardware"
+    arguments = {key: getattr(args, key) for key in ("accelerator", "images", "smoke")}
+    code = source_digests("simulate_hardware.py", "firmware/*.[chl]*") | tools()
+    edge = [
+        folder / "edge" / f"{path.stem}{kind}" for path in paths for kind in (".tflite", ".json")
+    ]
+    parents = paths[:1] if args.break_even else [*paths, *(path for path in edge if path.exists())]
+    return results_step(folder, name, code, arguments, parents, (f"{name}.json",), args.force)
+
+
 @user_errors_exit_2
 def main():
     args = parse_arguments()
     folder = results_dir(run_name(args))
-    require_writable(folder)
     require_accelerator(args.accelerator)
     paths = variants(run_name(args))
-    images = load_judging(args)[0][0][: args.images]
-    if args.break_even:
-        baseline = next((path for path in paths if path.stem == "baseline_int8"), paths[0])
-        write_json(folder / "break_even.json", break_even(baseline, images, args.accelerator))
-        print(f"wrote {folder / 'break_even.json'}")
+    paths.sort(key=lambda path: path.stem != "baseline_int8")  # the break-even is its
+    step = hardware_step(args, folder, paths)
+    if step.kept():
         return
-    rows = []
-    for path in paths:
+    images, rows = load_judging(args)[0][0][: args.images], []
+    if args.break_even:
+        rows = break_even(paths[0], images, args.accelerator)
+    for path in [] if args.break_even else paths:
         rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
         print(f"{path.stem}: {rows[-1].get('m4_instructions', 0) / 1e6:.2f} M instructions")
-    write_json(folder / "hardware.json", rows)
-    print(
-        f"wrote {folder / 'hardware.json'}; join it to the tables with: python evaluate.py --docs"
-    )
+    step.commit({step.outputs[0]: json_bytes(rows)})
+    print(f"wrote {step.outputs[0]}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A pruned trial starts from the one that it names; the dense one teaches. `averag
 seen through a moving average of its weights and BN statistics, tracked beside it.
 """
 
+import functools
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,14 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edgecnn.checkpoint import write_torch
-from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
+from edgecnn.checkpoint import torch_bytes
+from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, seed
 from edgecnn.data import load_training
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import read_json, require_writable, write_json, write_text
+from edgecnn.files import read_json, write_text
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
 from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
+from edgecnn.step import Step, variant_step
 from edgecnn.tables import markdown_table
 from edgecnn.train import (
     WEIGHT_DECAY,
@@ -88,7 +90,7 @@ def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
     """The network that a trial left; raises UserError where it is missing."""
     path = checkpoints_dir(run) / f"{name_of(name, seed)}.pt"
     if not path.exists():
-        raise UserError(f"{path} is missing; name the trial {name} first")
+        raise UserError(f"{path} is missing; make it with: benchmarks/ablation.py {name} --force")
     model = EdgeCNN()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
@@ -114,8 +116,17 @@ def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[
     return history, averaged
 
 
-def run_trial(name: str, trial: Trial, seed: int, run: str, data, device) -> None:
-    """Train a row; write its weights, then its JSON."""
+def trial_step(name: str, trial: Trial, seed: int, run: str, force: bool) -> Step:
+    """The step of one row: from its parent's weights, and with distillation the teacher's."""
+    arguments = {key: value for key, value in asdict(trial).items() if key != "against"}
+    needed = {trial.parent, TEACHER if trial.distillation else None} - {None}
+    parents = [checkpoints_dir(run) / f"{name_of(other, seed)}.pt" for other in sorted(needed)]
+    script = "benchmarks/ablation.py"
+    return variant_step(run, name_of(name, seed), script, arguments, parents, force)
+
+
+def run_trial(step: Step, name: str, trial: Trial, seed: int, run: str, data, device) -> None:
+    """Train a row; write its weights and its JSON."""
     torch.manual_seed(seed)
     model = load_trial(trial.parent, seed, run) if trial.parent else EdgeCNN()
     teacher = fold_batch_norm(load_trial(TEACHER, seed, run)) if trial.distillation else None
@@ -131,8 +142,7 @@ def run_trial(name: str, trial: Trial, seed: int, run: str, data, device) -> Non
         **environment(device),
         "history": history,
     }
-    write_torch(checkpoints_dir(run) / f"{name_of(name, seed)}.pt", model.state_dict())
-    write_json(results_dir(run) / f"{name_of(name, seed)}.json", result)
+    step.commit({step.outputs[0]: torch_bytes(model.state_dict())}, result)
 
 
 def part(trial: Trial) -> str:
@@ -203,16 +213,15 @@ def main():
     parser.add_argument("--seed", type=seed, default=0, help="(default: 0)")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: data)")
     parser.add_argument("--smoke", action="store_true", help="two epochs on the small sample")
+    add_force_argument(parser)
     args = parser.parse_args()
     device, run = pick_device("auto"), "smoke" if args.smoke else RUN
-    require_writable(checkpoints_dir(run), results_dir(run))
-    data = load_training(args.data_dir, holdout=True, smoke=args.smoke)
+    load = functools.cache(lambda: load_training(args.data_dir, holdout=True, smoke=args.smoke))
     for name in args.trials or TRIALS:
         trial = replace(TRIALS[name], epochs=SMOKE_EPOCHS) if args.smoke else TRIALS[name]
-        if (results_dir(run) / f"{name_of(name, args.seed)}.json").exists():
-            print(f"{name_of(name, args.seed)} was made before: kept")
-        else:
-            run_trial(name, trial, args.seed, run, data, device)
+        step = trial_step(name, trial, args.seed, run, args.force)
+        if not step.kept():
+            run_trial(step, name, trial, args.seed, run, load(), device)
     paths = [results_dir(run) / f"{name_of(n, s)}.json" for n in TRIALS for s in range(10)]
     text = table([read_json(path, "this script") for path in paths if path.exists()])
     write_text(results_dir(run) / "table.md", text)

@@ -12,6 +12,7 @@ A criterion's curve joins its levels. What it needs for an accuracy is read off 
 accuracy and in the logarithm of the cost, at the cheapest crossing.
 """
 
+import io
 import math
 import sys
 from pathlib import Path
@@ -21,19 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from edgecnn.cli import Parser
+from edgecnn.cli import Parser, add_force_argument
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import (
-    atomic_path,
-    read_json,
-    read_rows,
-    require_writable,
-    write_json,
-    write_text,
-)
+from edgecnn.files import json_bytes, read_json, read_rows
 from edgecnn.names import results_dir
+from edgecnn.step import results_step, source_digests
 from edgecnn.tables import markdown_table
 
+OUTPUTS = ("criteria.json", "criteria.md", "criteria.png")
 # The yardsticks: plain global L1 at these percents of zeros; the first is the one of the picture.
 YARDSTICK, YARDSTICK_PERCENTS = "l1", (80.0, 90.0, 95.0)
 LEVELS = (70.0, 80.0, 90.0, 95.0)  # percent of zeros, as `make criteria` prunes
@@ -209,10 +205,15 @@ def main():
         "--run", default="", metavar="NAME", help="write to results/NAME/ (default: results/)"
     )
     parser.add_argument("--smoke", action="store_true", help="made-up curves, to results/smoke/")
+    add_force_argument(parser)
     args = parser.parse_args()
     folder = results_dir("smoke" if args.smoke else args.run)
-    require_writable(folder)
     metrics = results_dir("holdout") / "metrics.json"
+    parents = [] if args.smoke else [metrics]
+    code = source_digests("benchmarks/criteria.py")
+    step = results_step(folder, "criteria", code, {}, parents, OUTPUTS, args.force)
+    if step.kept():
+        return
     needed = dict.fromkeys(COSTS, (0, 1e15))
     rows = made_up_rows() if args.smoke else with_effort(read_rows(metrics, needed))
 
@@ -222,12 +223,12 @@ def main():
         "at_equal_accuracy": sum(equal, []),
         "levels": [r for curve in found.values() for r in curve],
     }
-    write_json(folder / "criteria.json", result)
-    write_text(folder / "criteria.md", table(found, equal))
-    with atomic_path(folder / "criteria.png") as temporary:
-        draw(found, equal[0][0]["at_accuracy_percent"]).savefig(temporary)
+    picture = io.BytesIO()
+    draw(found, equal[0][0]["at_accuracy_percent"]).savefig(picture)
+    contents = json_bytes(result), table(found, equal).encode(), picture.getvalue()
+    step.commit(dict(zip(step.outputs, contents, strict=True)))
     print(table(found, equal))
-    print(f"wrote criteria.json, criteria.md and criteria.png in {folder}")
+    print(f"wrote {', '.join(OUTPUTS)} in {folder}")
 
 
 if __name__ == "__main__":

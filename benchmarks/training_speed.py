@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import CROP_PADDING, MEAN, STD, load_training
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import write_json
 from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
 from edgecnn.names import results_dir
+from edgecnn.step import COMMIT
 from edgecnn.train import (
     BASELINE_RECIPE,
     LABEL_SMOOTHING,

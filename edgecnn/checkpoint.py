@@ -8,7 +8,6 @@ points) and provenance (variant, parent, arguments, versions, commit, date).
 import argparse
 import hashlib
 import io
-import subprocess
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +16,11 @@ import torch
 from torch.utils.serialization import config as serialization_config
 
 from edgecnn.errors import UserError
-from edgecnn.files import atomic_path, write_json
+from edgecnn.files import sha256, write_files
 from edgecnn.model import ARCHITECTURE, EdgeCNN
-from edgecnn.names import NAME_PATTERN, REPOSITORY, checkpoints_dir, criterion_name, results_dir
+from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name
 from edgecnn.packing import pack, unpack
+from edgecnn.step import COMMIT, Step
 
 FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
 COUNTER = "num_batches_tracked"
@@ -30,42 +30,17 @@ ORIGIN_KEYS += ("date_utc",)
 KEYS = ("architecture", "precision", "tensors", "provenance")
 
 
-def write_torch(path: Path, value) -> None:
-    """torch.save, atomically; raises UserError when the folder is unwritable or full.
-
-    By way of a buffer: torch.save raises no OSError, and would name every record after the path.
-    """
+def torch_bytes(value) -> bytes:
+    """What torch.save writes; to a file of its own it would name every record after the path."""
     buffer = io.BytesIO()
     with serialization_config.patch("save.storage_alignment", 8):  # 64 pads every small tensor
         torch.save(value, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    return buffer.getvalue()
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def git_commit() -> str | None:
-    """The repository's commit, `+dirty` appended when tracked sources differ; None outside git.
-
-    What runs write does not count: a run of several steps would spoil its own later ones.
-    """
-    try:
-        git = ["git", "-C", str(REPOSITORY)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        sources = ["--", ".", ":!results", ":!checkpoints"]
-        command = [*git, "diff", "--quiet", "HEAD", *sources]
-        dirty = subprocess.run(command, capture_output=True).returncode
-        return commit + ("+dirty" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-COMMIT = git_commit()  # at the start: the sources may change while a run trains
+def write_torch(path: Path, value) -> None:
+    """torch.save, atomically; raises UserError when the folder is unwritable or full."""
+    write_files({path: torch_bytes(value)})
 
 
 def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
@@ -76,7 +51,7 @@ def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()
-            if value is not None
+            if value is not None and key != "force"
         },
         "torch_version": str(torch.__version__),
         "commit": COMMIT,
@@ -89,15 +64,19 @@ def parent_fields(path: Path) -> dict:
     return {"parent": Path(path).stem, "parent_sha256": sha256(path)}
 
 
-def save_checkpoint(
-    path: Path,
+def save_variant(
+    step: Step,
+    origin: dict,
     precision: str,
     tensors: dict[str, torch.Tensor],
-    provenance: dict,
+    result: dict,
     quantization: dict | None = None,
     packed: bool = False,
 ) -> None:
-    """Write a checkpoint atomically; `packed` stores the weights as packing.py does."""
+    """Write a step's checkpoint and its JSON: provenance, the file's SHA-256, `result`, the record.
+
+    `packed` stores the weights as packing.py does. Raises UserError when a file cannot be written.
+    """
     stored = {
         name: pack(tensor) if packed and tensor.ndim > 1 else tensor.detach().cpu().contiguous()
         for name, tensor in tensors.items()
@@ -108,25 +87,15 @@ def save_checkpoint(
         "architecture": ARCHITECTURE,
         "precision": precision,
         "tensors": stored,
-        "provenance": provenance,
+        "provenance": origin,
     }
     if quantization is not None:
         checkpoint["quantization"] = quantization
-    write_torch(path, checkpoint)
-
-
-def publish(run: str, origin: dict, precision: str, tensors: dict, result: dict, **stored) -> Path:
-    """Write a step's checkpoint, then its JSON: provenance, the file's SHA-256 and `result`.
-
-    `stored` goes to save_checkpoint. The old JSON goes first: it never stands beside a new file.
-    """
-    path = checkpoints_dir(run) / f"{origin['variant']}.pt"
-    json_path = results_dir(run) / f"{origin['variant']}.json"
-    json_path.unlink(missing_ok=True)
-    save_checkpoint(path, precision, tensors, origin, **stored)
-    write_json(json_path, {**origin, "checkpoint_sha256": sha256(path), **result})
-    print(f"wrote {path} ({path.stat().st_size:,} bytes) and {json_path}")
-    return path
+    (path,) = step.outputs
+    content = torch_bytes(checkpoint)
+    digest = {"checkpoint_sha256": hashlib.sha256(content).hexdigest()}
+    step.commit({path: content}, {**origin, **digest, **result})
+    print(f"wrote {path} ({len(content):,} bytes) and {step.record}")
 
 
 def made_by(path: Path) -> str:

@@ -55,6 +55,15 @@ def sparsity(text: str) -> float:
     return value
 
 
+def add_force_argument(parser: Parser) -> None:
+    """--force, of every script whose result is kept when nothing changed."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="make the result anew, from the beginning, whatever is there already",
+    )
+
+
 def add_run_arguments(parser: Parser) -> None:
     """Where a script reads and writes: --run, --smoke, --data-dir."""
     parser.add_argument(
@@ -115,23 +124,12 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
         help="train on 45,000 images and report on the other 5,000, in the folders named holdout/",
     )
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue an interrupted run of the same arguments; starts anew where there is none",
-    )
-    parser.add_argument(
-        "--epochs-after",
-        type=int,
-        default=0,
-        metavar="N",
-        help="epochs that later commands will train, for the estimate of the time left (default: 0)",
-    )
-    parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="where to train (default: auto = cuda if there is one)",
     )
+    add_force_argument(parser)
     add_run_arguments(parser)
     args = parser.parse_args()
     chosen = headline if args.headline else recipe

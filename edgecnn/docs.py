@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 from edgecnn.errors import UserError
-from edgecnn.files import read_rows, write_json, write_text
+from edgecnn.files import json_bytes, read_rows, write_text
 from edgecnn.hardware import read_break_even, read_hardware, with_hardware
 from edgecnn.names import results_dir
+from edgecnn.step import results_step
 from edgecnn.tables import SHORT, blocks, page
 
+TABLES = ("metrics.json", "table.md", "table_all.md")
 BLOCK = re.compile(r"<!-- begin: ([\w-]+) (\w+) -->\n(.*?)<!-- end: \1 \2 -->", re.DOTALL)
 ANY = (0, 1e15)
 NEEDED = dict.fromkeys(("size_bytes", "macs", "macs_nonzero", "sparsity_percent"), ANY)
@@ -31,15 +33,13 @@ def run_blocks(folder: Path, everything: bool = False) -> dict[str, str]:
     return blocks(rows, break_even_of(folder), everything)
 
 
-def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
-    """Write metrics.json with the targets' figures, table.md and table_all.md; table.md's text."""
+def table_files(folder: Path, rows: list[dict], hardware: list[dict]) -> dict[str, bytes]:
+    """TABLES as bytes, of rows joined with the targets' figures: what evaluate.py writes."""
     rows, break_even = with_hardware(rows, hardware), break_even_of(folder)
     short = page(blocks(rows, break_even), SHORT)
     whole = page(blocks(rows, break_even, everything=True))
-    write_json(folder / "metrics.json", rows)
-    write_text(folder / "table.md", short)
-    write_text(folder / "table_all.md", whole)
-    return short
+    contents = (json_bytes(rows), short.encode(), whole.encode())
+    return dict(zip(TABLES, contents, strict=True))
 
 
 def rendered(run: str, name: str) -> str:
@@ -76,10 +76,12 @@ def pages() -> list[Path]:
 def render(folder: Path) -> None:
     """Join hardware.json again, write the run's tables, refresh every page's blocks; measure nothing."""
     rows = read_rows(folder / "metrics.json", NEEDED)
-    write_tables(folder, rows, read_hardware(folder))
+    step = results_step(folder, "evaluate", {}, {}, folder.glob("hardware.json"), TABLES)
+    contents = table_files(folder, rows, read_hardware(folder))
+    step.amend({folder / name: content for name, content in contents.items()})
     for path in pages():
         text = path.read_text(encoding="utf-8")
         if refreshed(text) != text:
             write_text(path, refreshed(text))
             print(f"wrote {path}")
-    print(f"wrote metrics.json, table.md and table_all.md in {folder}")
+    print(f"wrote {', '.join(TABLES)} in {folder}")

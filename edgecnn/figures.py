@@ -1,5 +1,6 @@
 """The further figures of step 5: a variant's layers, and where zeros start to pay. No torch."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 from edgecnn.compare import crossing
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY, atomic_path, read_json
+from edgecnn.files import MADE_BY, read_json
 
 KIB = 1024
 GREY = "#808080"
@@ -65,15 +66,13 @@ BREAK_EVEN_PANELS = [
 ]
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write <name>.png and <name>.svg, both or neither, and print their paths."""
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: equal rows give an equal file
-    with atomic_path(png) as png_temporary, atomic_path(svg) as svg_temporary:
-        figure.savefig(png_temporary)
-        figure.savefig(svg_temporary, metadata={"Date": None})
-    print(png)
-    print(svg)
+def drawn(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as PNG and as SVG; equal rows give equal files."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    matplotlib.rcParams["svg.hashsalt"] = "pareto"  # with Date: nothing of the moment gets in
+    figure.savefig(png, format="png")
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
 
 
 def draw_layers(variant: str, rows: list[dict]) -> Figure:

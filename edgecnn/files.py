@@ -1,6 +1,8 @@
 """Atomic writing and checked reading of text and JSON."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +22,27 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+def sweep(folder: Path) -> None:
+    """Delete the half-written files of dead writers; a living one holds the lock on its own."""
+    for path in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def locked_file(path: Path) -> tuple[int, Path]:
+    """(its handle, a new file beside `path`), locked while the handle is open; sweep() spares it."""
+    while True:
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".partial-{path.name}.", suffix=path.suffix
+        )
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):  # not swept before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path):
     """Yield a temporary path beside `path`; it replaces `path` only when the block succeeds.
@@ -27,15 +50,12 @@ def atomic_path(path: Path):
     Raises UserError when the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    handle, temporary = None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".partial-{path.name}.", suffix=path.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
-        os.chmod(temporary, 0o644)
+        sweep(path.parent)
+        handle, temporary = locked_file(path)
+        os.fchmod(handle, 0o644)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -43,6 +63,22 @@ def atomic_path(path: Path):
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def write_files(contents: dict[Path, bytes]) -> None:
+    """Write files so that all of the old ones stay until all of the new ones are whole.
+
+    They are replaced in the order given. Raises UserError when one cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, content in reversed(contents.items()):  # the stack leaves the last one first
+            stack.enter_context(atomic_path(path)).write_bytes(content)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def require_writable(*folders: Path) -> None:
@@ -58,13 +94,17 @@ def require_writable(*folders: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; raises UserError when it cannot."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_files({path: text.encode()})
+
+
+def json_bytes(value) -> bytes:
+    """Strict JSON (no NaN) as it stands in a file."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value) -> None:
-    """Write strict JSON (no NaN) atomically; raises UserError when it cannot."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write strict JSON atomically; raises UserError when it cannot."""
+    write_files({path: json_bytes(value)})
 
 
 def read_json(path: Path, made_by: str):

@@ -1,7 +1,6 @@
 """The training loop that train_baseline.py and prune_finetune.py share: resumable, bit-reproducible."""
 
 import ctypes
-import hashlib
 import math
 import sys
 import time
@@ -27,12 +26,8 @@ TEMPERATURE = 3.0  # of distillation: what the teacher knows of the wrong classe
 EVALUATION_BATCH = 1000  # images
 # The baseline's recipe, settled with --holdout.
 BASELINE_RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
-# A state can be continued bit for bit only by the sources that wrote it.
-CODE = hashlib.sha256(
-    b"".join(
-        (Path(__file__).parent / f"{name}.py").read_bytes() for name in ("data", "model", "train")
-    )
-).hexdigest()
+# The arguments of a training script that decide its weights.
+DECISIVE = ("epochs", "batch_size", "learning_rate", "seed", "holdout", "smoke")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Recipe:
     batch_size: int
     learning_rate: float  # the one-cycle peak
     seed: int
-    start: str  # the weights and images it starts from, so that --resume mixes nothing up
+    start: str  # the weights and images it starts from, so that nothing is mixed up when it goes on
     weight_decay: float = WEIGHT_DECAY
     label_smoothing: float = LABEL_SMOOTHING
     distillation: float = 0.0  # the teacher's share of the loss
@@ -170,17 +165,18 @@ def fit(
     device: torch.device,
     validation: Split | None = None,
     resume_path: Path | None = None,
-    resume: bool = False,
+    code: dict[str, str] | None = None,
     after_step=lambda: None,
     teacher: nn.Module | None = None,
     epochs_after: int = 0,
 ) -> list[dict]:
     """Train `model` in place and return its history, a row an epoch.
 
-    The state after every epoch goes to `resume_path`; with `resume` the run continues from it and
-    ends with the same bits as an uninterrupted one. `after_step` runs after every optimizer step.
-    `teacher`, in evaluation mode, is what recipe.distillation needs; recipe.start tells which.
-    `epochs_after` is how many will follow elsewhere, for the printed estimate of the time left.
+    The state after every epoch goes to `resume_path`; found there, of the same recipe and `code`
+    (a step's), the run continues from it and ends with the same bits as an uninterrupted one.
+    `after_step` runs after every optimizer step. `teacher`, in evaluation mode, is what
+    recipe.distillation needs; recipe.start tells which. `epochs_after` is how many the step will
+    train after this call, for the printed estimate of the time left.
     Raises UserError on a non-finite loss or a resume file of other arguments.
     """
     keep_freed_memory()
@@ -195,8 +191,8 @@ def fit(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    source = {"start": recipe.start, "code": CODE, **environment(device)}
-    history = load_resume(resume_path, model, optimizer, recipe, source) if resume else []
+    source = {"start": recipe.start, "code": code, **environment(device)}
+    history = load_resume(resume_path, model, optimizer, recipe, source) if resume_path else []
     padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
     for epoch in range(len(history), recipe.epochs):
         row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step, teacher)
@@ -209,14 +205,13 @@ def fit(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             run = {"recipe": asdict(recipe), "source": source, "history": history}
             write_torch(resume_path, {**state, **run})
-        left, seconds = recipe.epochs - epoch - 1, row["seconds"]
-        later = f", with later training {(left + epochs_after) * seconds / 60:.0f} min"
+        left = (recipe.epochs - epoch - 1 + epochs_after) * row["seconds"]
         tqdm.write(
             f"epoch {row['epoch']}/{recipe.epochs}  loss {row['loss']:.4f}  "
             f"train {row['train_accuracy_percent']:.2f} %"
             + (f"  validation {row['validation_accuracy_percent']:.2f} %" if validation else "")
-            + f"  {seconds:.1f} s  about {left * seconds:.0f} s left"
-            + (later if epochs_after else "")
+            + f"  {row['seconds']:.1f} s  "
+            + (f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
         )
         sys.stdout.flush()
     return history
@@ -229,7 +224,6 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
     Raises UserError for a damaged file, or one of other arguments.
     """
     if not path.exists():
-        print(f"nothing to resume at {path}; starting from the beginning")
         return []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -241,12 +235,12 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
             history = state["history"]
     except Exception as error:  # a damaged file fails in torch, zip or pickle alike
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}); start again without --resume"
+            f"{path} is damaged ({type(error).__name__}); --force starts from the beginning"
         ) from None
     if theirs != ours:
         changed = ", ".join(f"{k} {theirs.get(k)}" for k in ours if theirs.get(k) != ours[k])
         raise UserError(
-            f"{path} was written with {changed}; give the same, or delete the file to start again"
+            f"{path} was written with {changed}; give the same, or --force to start again"
         )
     if state["source"] != source:
         changed = ", ".join(key for key in source if state["source"].get(key) != source[key])

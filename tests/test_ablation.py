@@ -38,7 +38,7 @@ def test_every_trial_runs_and_ends_at_its_zeros(workdir, capsys):
     assert table.count("\n") == len(TRIALS) + 2
     capsys.readouterr()
     run_main("benchmarks.ablation", "--smoke", "distilled_95")
-    assert "distilled_95 was made before: kept" in capsys.readouterr().out
+    assert "kept: checkpoints/smoke/distilled_95.pt\n" in capsys.readouterr().out
 
 
 def test_the_table_holds_a_trial_against_the_other_on_the_same_seed():

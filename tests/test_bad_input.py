@@ -120,7 +120,8 @@ def test_damaged_packed_weight(copy):
 
 @pytest.mark.parametrize("script", ["quantize", "prune_finetune"])
 def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script):
-    error = fails(capsys, copy, script, "--smoke", "--checkpoint", f"{FOLDER}/baseline_int8.pt")
+    int8 = f"{FOLDER}/baseline_int8.pt"
+    error = fails(capsys, copy, script, "--smoke", "--force", "--checkpoint", int8)
     assert "takes fp32" in error and "baseline_fp32" in error
 
 
@@ -169,28 +170,28 @@ def test_engine_that_this_torch_lacks(copy, capsys, monkeypatch):
 
 
 def test_resume_with_other_arguments_is_refused(copy, capsys):
-    run_main("train_baseline", "--smoke", "--epochs", 1, "--seed", 5)
-    capsys.readouterr()
     state = {"recipe": {"epochs": 7}, "source": {}, "model": {}, "optimizer": {}, "history": []}
     torch.save(state, copy / FOLDER / "baseline_seed5_fp32.resume.pt")
-    error = fails(capsys, copy, "train_baseline", "--smoke", "--seed", 5, "--resume")
+    error = fails(capsys, copy, "train_baseline", "--smoke", "--seed", 5)
     assert "was written with epochs 7" in error
+    run_main("train_baseline", "--smoke", "--epochs", 1, "--seed", 5, "--force")
 
 
 def test_resume_of_another_start_begins_anew(copy, capsys):
-    run_main("train_baseline", "--smoke", "--epochs", 1)
+    (copy / FOLDER / "baseline_fp32.pt").unlink()
+    (copy / "results/smoke/baseline_fp32.json").unlink()
     path = copy / FOLDER / "baseline_fp32.resume.pt"
     recipe = {**vars(Recipe(1, 256, 0.2, 0, "other images")), "start": "other images"}
     torch.save({"recipe": recipe, "source": {}, "model": {}, "optimizer": {}, "history": []}, path)
-    run_main("train_baseline", "--smoke", "--epochs", 1, "--resume")
+    run_main("train_baseline", "--smoke", "--epochs", 1)
     assert "belongs to another start" in capsys.readouterr().out
     assert not path.exists()
 
 
 def test_damaged_resume_file(copy, capsys):
-    (copy / FOLDER / "baseline_fp32.resume.pt").write_bytes(b"torn")
-    error = fails(capsys, copy, "train_baseline", "--smoke", "--resume")
-    assert "start again without --resume" in error
+    (copy / FOLDER / "baseline_seed5_fp32.resume.pt").write_bytes(b"torn")
+    error = fails(capsys, copy, "train_baseline", "--smoke", "--seed", 5)
+    assert "--force starts from the beginning" in error
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_unwritable_output_folder_is_found_before_the_work(copy, capsys, script)
 def test_full_disk_during_training_leaves_what_was_there(copy):
     """A real limit on the size of files stands in for the full disk: the long step must survive it."""
     before = snapshot(copy)
-    command = [sys.executable, str(REPOSITORY / "train_baseline.py"), "--smoke"]
+    command = [sys.executable, str(REPOSITORY / "train_baseline.py"), "--smoke", "--force"]
     limit = 1_000_000  # bytes; the state after an epoch takes five times as much
     process = subprocess.run(
         command,

@@ -123,7 +123,7 @@ def test_a_sweep_keeps_what_was_made_and_chains_the_rest(sweep, workdir, capsys)
     folder = workdir / "checkpoints/smoke"
     level_1 = (folder / "pruned_50_fp32.pt").read_bytes()
     sweep(0.5, 0.8)
-    assert "pruned_50_fp32.pt was made before" in capsys.readouterr().out
+    assert "kept: checkpoints/smoke/pruned_50_fp32.pt\n" in capsys.readouterr().out
     assert (folder / "pruned_50_fp32.pt").read_bytes() == level_1
     low, high = (load_checkpoint(folder / f"pruned_{n}_fp32.pt") for n in (50, 80))
     assert high["provenance"]["parent"] == "pruned_50_fp32"
@@ -132,11 +132,11 @@ def test_a_sweep_keeps_what_was_made_and_chains_the_rest(sweep, workdir, capsys)
         if tensor.ndim > 1:
             assert not (tensor.bool() & ~low["tensors"][name].bool()).any()
     made = (folder / "pruned_80_fp32.pt").read_bytes()
-    sweep(0.5, 0.8, 0.9, "--resume")  # goes on after the last level
+    sweep(0.5, 0.8, 0.9)  # goes on after the last level
     assert (folder / "pruned_80_fp32.pt").read_bytes() == made
     (folder / "pruned_80_fp32.pt").unlink()
     (folder / "pruned_90_fp32.pt").unlink()
-    sweep(0.5, 0.8, "--resume")
+    sweep(0.5, 0.8)
     remade = load_checkpoint(folder / "pruned_80_fp32.pt")["tensors"]
     assert all(torch.equal(remade[name], high["tensors"][name]) for name in remade)
 
@@ -144,9 +144,9 @@ def test_a_sweep_keeps_what_was_made_and_chains_the_rest(sweep, workdir, capsys)
 @pytest.mark.parametrize(
     ("levels", "difference"),
     [
-        ((0.5, 0.6, "--resume", "--epochs", 1), "epochs 2"),
+        ((0.5, 0.6, "--epochs", 1), "epochs 2"),
         ((0.5, 0.6, "--learning-rate", 0.2), "learning_rate 0.1"),
-        ((0.4, 0.5, "--resume"), "parent baseline_fp32"),  # another list: other levels before it
+        ((0.4, 0.5), "parent baseline_fp32"),  # another list: other levels before it
     ],
 )
 def test_a_sweep_with_other_arguments_is_refused_and_nothing_is_lost(
@@ -163,35 +163,40 @@ def test_a_sweep_with_other_arguments_is_refused_and_nothing_is_lost(
 
 
 def test_a_level_of_another_parent_is_made_again(sweep, workdir, capsys):
-    run_main("train_baseline", "--smoke", "--epochs", 1)
+    run_main("train_baseline", "--smoke", "--epochs", 1, "--force")
     sweep(0.5, 0.8)
-    assert "was made before" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pruned_50_fp32.pt anew: baseline_fp32.pt changed" in said and "kept" not in said
 
 
 def test_the_headline_recipe_is_taught_by_the_baseline_and_a_new_one_teaches_anew(
     sweep, workdir, capsys
 ):
     folder = workdir / "checkpoints/smoke"
-    (folder / "pruned_50_fp32.pt").unlink()  # of the default recipe
-    sweep(0.5, 0.8, "--headline")
+    sweep(0.5, 0.8, "--headline", "--force")  # pruned_50 is of the default recipe
     origin = load_checkpoint(folder / "pruned_80_fp32.pt")["provenance"]
     assert origin["teacher_sha256"] == sha256(folder / "baseline_fp32.pt")
     assert origin["parent"] == "pruned_50_fp32"
     assert origin["arguments"]["distillation"] == HEADLINE_RECIPE["distillation"] > 0
-    run_main("train_baseline", "--smoke", "--epochs", 1)
+    run_main("train_baseline", "--smoke", "--epochs", 1, "--force")
     parent = folder / "pruned_50_fp32.pt"
     capsys.readouterr()
     sweep(0.8, 0.9, "--headline", "--checkpoint", parent)
-    assert "was made before" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pruned_80_fp32.pt anew: baseline_fp32.pt changed" in said and "kept" not in said
 
 
 def test_a_sweep_is_not_continued_by_another_recipe(sweep, capsys):
     with pytest.raises(SystemExit):
-        sweep(0.5, 0.8, "--headline", "--resume")
-    assert (
-        "pruned_50_fp32.pt was made with weight_decay 0.0005, distillation 0.0"
-        in capsys.readouterr().err
-    )
+        sweep(0.5, 0.8, "--headline")
+    error = capsys.readouterr().err
+    assert "pruned_50_fp32.pt was made with weight_decay 0.0005, distillation 0.0" in error
+
+
+def test_a_layer_left_without_weights_is_named(sweep, capsys):
+    sweep(0.999, "--criterion", "l1", "--epochs", 1)
+    error = capsys.readouterr().err
+    assert "warning: no weight is left in " in error and "fc1" in error
 
 
 @pytest.mark.parametrize("levels", [(0.5, 0.5), (0.8, 0.5), (0, 0.5)])
