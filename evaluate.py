@@ -24,14 +24,13 @@ from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.files import (
     DEFAULT_CRITERION,
-    MADE_BY,
     REPOSITORY,
     UserError,
     checkpoints_dir,
     is_headline,
     lowest_seed_rows,
-    read_json,
     read_rows,
+    read_table,
     require_writable,
     results_dir,
     user_errors_exit_2,
@@ -40,6 +39,7 @@ from edgecnn.files import (
     write_text,
 )
 from edgecnn.peers import ORIGINAL, RESNET8
+from edgecnn.text import is_name, markdown_cell
 
 # What needs torch is imported where it is used: --budget has to answer at once.
 if TYPE_CHECKING:
@@ -396,6 +396,7 @@ def sort_key(row: dict):
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table, aligned so that it reads in a terminal too; the first column is text."""
+    header, *lines = ([markdown_cell(cell) for cell in line] for line in (header, *lines))
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def render(cells):
@@ -532,7 +533,7 @@ def hardware_table(rows: list[dict]) -> str:
         absent = "-" if row.get("precision") == "fp32" else "not measured"
         accuracy = scaled(row, "tflite_micro_accuracy_percent", digits=2)
         if accuracy != "not measured":
-            accuracy += f" of {row['tflite_micro_images']:,}"
+            accuracy += f" of {scaled(row, 'tflite_micro_images')}"
         cells = [row["variant"], accuracy]
         cells += [scaled(row, "tflite_micro_arena_bytes"), scaled(row, "u55_128_cycles_modelled")]
         cells += [scaled(row, "u55_128_flash_bytes_modelled", 1024, 1)]
@@ -620,16 +621,10 @@ def all_tables(rows: list[dict]) -> str:
 
 def read_hardware(folder: Path) -> list[dict]:
     """The rows of the run's hardware.json, none without the file; raises UserError for other JSON."""
-    path, made_by = folder / "hardware.json", "python simulate_hardware.py"
-    rows = read_json(path, made_by) if path.exists() else []
-    named = isinstance(rows, list) and all(
-        isinstance(row, dict) and isinstance(row.get("checkpoint_sha256"), str) for row in rows
-    )
-    if not named:
-        raise UserError(
-            f"{path} is not a list of measured checkpoints; make it again with: {made_by}"
-        )
-    return rows
+    path = folder / "hardware.json"
+    if not path.exists():
+        return []
+    return read_table(path, "python simulate_hardware.py", {"checkpoint_sha256": None})
 
 
 def write_tables(folder: Path, rows: list[dict], hardware: list[dict]) -> str:
@@ -756,6 +751,9 @@ def find_checkpoints(run: str) -> list[Path]:
     paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
     if not paths:
         raise UserError(f"no checkpoint in {folder}; make one with: python train_baseline.py")
+    for path in paths:
+        if not is_name(path.stem):
+            raise UserError(f"{str(path)!a} cannot be shown in a table; rename the file")
     return paths
 
 
@@ -775,7 +773,7 @@ def require_complete(paths: list[Path], metrics: Path) -> None:
     if not metrics.exists():
         return
     names = {path.stem for path in paths}
-    lost = [r["variant"] for r in read_json(metrics, MADE_BY) if r["variant"] not in names]
+    lost = [r["variant"] for r in read_rows(metrics, {}) if r["variant"] not in names]
     if lost:
         raise UserError(
             f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "

@@ -17,8 +17,11 @@ The headline variants and each panel's front are named; every other variant is a
 """
 
 import itertools
+import os
 import textwrap
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's setting names a backend that may be missing here
 
 import matplotlib
 import numpy as np
@@ -38,20 +41,20 @@ from edgecnn.budget import (
     parse_budget,
     ranked,
 )
-from edgecnn.cli import Parser
+from edgecnn.cli import Parser, run_folder
 from edgecnn.files import (
     MADE_BY,
     NAME_PATTERN,
     UserError,
     atomic_path,
-    in_range,
     is_headline,
-    read_json,
     read_rows,
+    read_table,
     results_dir,
     user_errors_exit_2,
 )
 from edgecnn.peers import ORIGINAL, RESNET8
+from edgecnn.text import picture_text
 
 # ---------------------------------------------------------------------------------------------
 # Constants
@@ -306,7 +309,7 @@ def set_accuracy_axis(axes, rows, floor: float | None = None) -> None:
     low, high = min(own + references), max(own + references)
     low, high = low - 0.4 - 0.04 * (high - low), high + 0.2 + 0.04 * (high - low)
     axes[0].set_ylim(low, high)  # before the scale, which has no room outside its ends
-    label = f"accuracy (%), {rows[0].get('test_set', 'CIFAR-10 test set')}"
+    label = f"accuracy (%), {picture_text(rows[0].get('test_set', 'CIFAR-10 test set'))}"
     ticks = MaxNLocator(8, steps=TICK_STEPS).tick_values(low, high)
     if min(references) < min(own) - BAND_GAP:
         edge = np.floor(2 * min(own) - 0.2) / 2
@@ -472,7 +475,7 @@ def budget_note(rows, limits: dict[str, float]) -> str:
     fitting = ranked(rows, limits)
     shown = {next((name for name in own if name in limits), None) for *_, own in PANELS}
     no_panel = [name for name in limits if name not in shown | {"accuracy"}]
-    best = f"Best: {fitting[0]['variant']}." if fitting else "Nothing fits."
+    best = f"Best: {picture_text(fitting[0]['variant'])}." if fitting else "Nothing fits."
     budget = ", ".join(
         f"{name} at {'least' if LIMITS[name].floor else 'most'} {number(limit)}"
         for name, limit in limits.items()
@@ -555,7 +558,7 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
     figure = Figure(figsize=(12, 4.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(LAYER_PANELS), sharey=True)
-    names = [f"{row['layer']}\n{row['zeros_percent']:.0f} % zeros" for row in rows]
+    names = [f"{picture_text(row['layer'])}\n{row['zeros_percent']:.0f} % zeros" for row in rows]
     for panel, (label, unit, parts) in zip(panels, LAYER_PANELS, strict=True):
         left = np.zeros(len(rows))
         for key, name, color in parts:
@@ -566,25 +569,23 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
             panel.annotate(
                 f"{total:.3g}", (total, y), (3, 0), textcoords="offset points", va="center"
             )
-        panel.set_xlim(0, 1.18 * max(left))
+        panel.set_xlim(0, 1.18 * max(left) or 1)
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
         if len(parts) > 1:
             panel.legend(frameon=False, fontsize=9)
     panels[0].invert_yaxis()
-    figure.suptitle(f"{variant}: where weights, multiplications and modelled energy sit")
+    figure.suptitle(
+        f"{picture_text(variant)}: where weights, multiplications and modelled energy sit"
+    )
     return figure
 
 
 def layers_of(path: Path, variant: str) -> list[dict]:
     """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
-    rows = read_json(path, MADE_BY)
-    keys = {"variant", "layer", "zeros_percent"}
-    keys |= {key for *_, parts in LAYER_PANELS for key, *_ in parts}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and keys <= r.keys() for r in rows
-    ):
-        raise UserError(f"{path} is not a list of layers; make it again with: {MADE_BY}")
+    costs = {key: (0, COST_RANGE[1]) for *_, parts in LAYER_PANELS for key, *_ in parts}
+    needed = {"variant": None, "layer": None, "zeros_percent": (0, 100), **costs}
+    rows = read_table(path, MADE_BY, needed)
     chosen = [row for row in rows if row["variant"] == variant]
     if not chosen:
         known = ", ".join(dict.fromkeys(row["variant"] for row in rows))
@@ -640,15 +641,8 @@ def draw_break_even(rows: list[dict]) -> Figure:
 def break_even_rows(path: Path) -> list[dict]:
     """The rows of break_even.json, every key of the picture checked; raises UserError."""
     made_by = "python simulate_hardware.py --break-even"
-    rows = read_json(path, made_by)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a list of rows; make it again with: {made_by}")
-    keys = ["zeros_percent", *(key for *_, lines in BREAK_EVEN_PANELS for key, *_ in lines)]
-    for row in rows:
-        missing = [key for key in keys if not in_range(row.get(key), 0, COST_RANGE[1])]
-        if missing:
-            raise UserError(f"{path} has no number under {missing[0]}; make it with: {made_by}")
-    return rows
+    keys = {key: (0, COST_RANGE[1]) for *_, lines in BREAK_EVEN_PANELS for key, *_ in lines}
+    return read_table(path, made_by, {"zeros_percent": (0, 100), **keys})
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -668,7 +662,11 @@ def parse_arguments():
     parser = Parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--run", default="", metavar="NAME", help="folder below results/ (default: results/ itself)"
+        "--run",
+        type=run_folder,
+        default="",
+        metavar="NAME",
+        help="folder below results/ (default: results/ itself)",
     )
     which.add_argument(
         "--smoke", dest="run", action="store_const", const="smoke", help="the same as --run smoke"

@@ -25,7 +25,7 @@ from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.files import (
     UserError,
-    read_json,
+    read_record,
     read_rows,
     require_writable,
     results_dir,
@@ -57,8 +57,9 @@ def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
     """
     path, json_path = folder / f"{name}.tflite", folder / f"{name}.json"
     if path.exists() and json_path.exists():
-        result = read_json(json_path, "python export_edge.py")
-        digests = [result.get(key) for key in ("checkpoint_sha256", "tflite_sha256")]
+        keys = ("checkpoint_sha256", "tflite_sha256", *FROM_EXPORT)
+        result = read_record(json_path, "python export_edge.py", dict.fromkeys(keys))
+        digests = [result[key] for key in ("checkpoint_sha256", "tflite_sha256")]
         if digests == [digest, sha256(path)]:
             return path.read_bytes(), {ours: result[key] for key, ours in FROM_EXPORT.items()}
     print(f"{name}: no current {path.name}; make it with: python export_edge.py")

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edgecnn.checkpoint import write_torch
+from edgecnn.checkpoint import read_torch, write_torch
 from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
 from edgecnn.data import load_training
 from edgecnn.files import (
     UserError,
     checkpoints_dir,
-    read_json,
+    read_record,
     require_writable,
     results_dir,
     user_errors_exit_2,
@@ -49,6 +49,9 @@ from prune_finetune import hold_zeros, layer_sparsity_percent, prune_globally
 
 RUN = "ablation"
 BATCH_SIZE = 256
+# Of a trial's JSON, what its table shows.
+READ = dict.fromkeys(("trial", "seed", "history", "averaged_validation_accuracy_percent"))
+READ |= {"validation_accuracy_percent": (0, 100), "macs_nonzero": (0, 1e15)}
 DECAYS = (0.99, 0.998)  # of the moving averages, a step: horizons of 100 and 500 steps
 
 
@@ -97,7 +100,10 @@ def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
     if not path.exists():
         raise UserError(f"{path} is missing; name the trial {name} first")
     model = EdgeCNN()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    try:
+        model.load_state_dict(read_torch(path))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path} holds no trial's weights; delete it and its JSON") from None
     return model
 
 
@@ -221,7 +227,7 @@ def main():
         else:
             run_trial(name, trial, args.seed, run, data, device)
     paths = [results_dir(run) / f"{name_of(n, s)}.json" for n in TRIALS for s in range(10)]
-    text = table([read_json(path, "this script") for path in paths if path.exists()])
+    text = table([read_record(path, "this script", READ) for path in paths if path.exists()])
     write_text(results_dir(run) / "table.md", text)
     print(text)
 

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from edgecnn.files import MADE_BY, UserError, in_range, lowest_seed_rows
+from edgecnn.files import MADE_BY, UserError, lowest_seed_rows
+from edgecnn.records import in_range
 
 KB = 1024  # bytes: what the datasheets of microcontrollers mean by a KB or Kbyte
 SHOWN = 3  # names in a line of the answer; the others are counted
