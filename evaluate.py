@@ -24,7 +24,7 @@ from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_name
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
 from edgecnn.docs import TABLES, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import MADE_BY, json_bytes, read_json, read_rows
+from edgecnn.files import MADE_BY, json_bytes, read_rows
 from edgecnn.hardware import read_hardware
 from edgecnn.names import results_dir
 from edgecnn.step import Step, results_step, source_digests
@@ -199,7 +199,7 @@ def require_complete(paths: list[Path], metrics: Path) -> None:
     if not metrics.exists():
         return
     names = {path.stem for path in paths}
-    lost = [r["variant"] for r in read_json(metrics, MADE_BY) if r["variant"] not in names]
+    lost = [r["variant"] for r in read_rows(metrics, {}) if r["variant"] not in names]
     if lost:
         raise UserError(
             f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "

@@ -16,8 +16,11 @@ same cost and better in one of the two. The front's points are filled and named.
 never enter it, and stand only beside accuracies of the same test set.
 """
 
+import os
 import textwrap
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's setting names a backend that may be missing here
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +39,7 @@ from edgecnn.budget import (
     parse_budget,
     ranked,
 )
-from edgecnn.cli import Parser, add_force_argument, run_name
+from edgecnn.cli import Parser, add_force_argument, run_folder, run_name
 from edgecnn.compare import pareto_front
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.figures import GREY, draw_break_even, draw_layers, drawn, layers_of
@@ -46,6 +49,7 @@ from edgecnn.labels import label_points
 from edgecnn.names import NAME_PATTERN, results_dir
 from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
 from edgecnn.step import results_step, source_digests
+from edgecnn.text import picture_text
 
 # A panel a line: the row's key, what one axis unit is in the key's unit, the axis label, and the
 # limits of a budget that take its place.
@@ -209,7 +213,7 @@ def budget_note(rows, limits: dict[str, float]) -> str:
     fitting = ranked(rows, limits)
     no_panel = [name for name in limits if not any(name in own for _, own in PANELS)]
     no_panel = [name for name in no_panel if name != "accuracy"]
-    best = f"Best: {fitting[0]['variant']}." if fitting else "Nothing fits."
+    best = f"Best: {picture_text(fitting[0]['variant'])}." if fitting else "Nothing fits."
     budget = ", ".join(
         f"{name} at {'least' if LIMITS[name].floor else 'most'} {number(limit)}"
         for name, limit in limits.items()
@@ -262,7 +266,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
     own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
     own = [value for value in [*own, limits.get("accuracy")] if value is not None]
     theirs = [row["accuracy_percent"] for *_, row in others]
-    set_accuracy_axis(axes, own, theirs, rows[0].get("test_set", TEST_SET))
+    set_accuracy_axis(axes, own, theirs, picture_text(rows[0].get("test_set", TEST_SET)))
     for n, panel in enumerate(axes):
         key, unit, label, bound = panel_axis(n, rows, limits)
         here = [row for row in rows if row.get(key) is not None]
@@ -301,7 +305,11 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
 def parse_arguments():
     parser = Parser(__doc__)
     parser.add_argument(
-        "--run", default="", metavar="NAME", help="folder below results/ (default: results/ itself)"
+        "--run",
+        type=run_folder,
+        default="",
+        metavar="NAME",
+        help="folder below results/ (default: results/ itself)",
     )
     parser.add_argument("--smoke", action="store_true", help="the same as --run smoke")
     parser.add_argument(

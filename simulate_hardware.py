@@ -32,7 +32,7 @@ from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools, tool_ver
 from edgecnn.data import load_judging
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
-from edgecnn.files import json_bytes, read_json, sha256
+from edgecnn.files import json_bytes, read_record, sha256
 from edgecnn.int8 import with_zeros
 from edgecnn.names import results_dir
 from edgecnn.step import COMMIT, Step, results_step, source_digests
@@ -59,8 +59,9 @@ def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
     """
     path, json_path = folder / f"{name}.tflite", folder / f"{name}.json"
     if path.exists() and json_path.exists():
-        result = read_json(json_path, "python export_edge.py")
-        digests = [result.get(key) for key in ("checkpoint_sha256", "tflite_sha256")]
+        keys = ("checkpoint_sha256", "tflite_sha256", *FROM_EXPORT)
+        result = read_record(json_path, "python export_edge.py", dict.fromkeys(keys))
+        digests = [result[key] for key in ("checkpoint_sha256", "tflite_sha256")]
         if digests == [digest, sha256(path)]:
             return path.read_bytes(), {ours: result[key] for key, ours in FROM_EXPORT.items()}
     print(f"{name}: no current {path.name}; make it with: python export_edge.py")

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edgecnn.checkpoint import torch_bytes
+from edgecnn.checkpoint import read_torch, torch_bytes
 from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, seed
 from edgecnn.data import load_training
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import read_json, write_text
+from edgecnn.files import read_record, write_text
 from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
 from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
@@ -44,6 +44,9 @@ from mac_hooks import count_macs
 
 RUN = "ablation"
 BATCH_SIZE = 256
+# Of a trial's JSON, what its table shows.
+READ = dict.fromkeys(("trial", "seed", "history", "averaged_validation_accuracy_percent"))
+READ |= {"validation_accuracy_percent": (0, 100), "macs_nonzero": (0, 1e15)}
 DECAYS = (0.99, 0.998)  # of the moving averages, a step: horizons of 100 and 500 steps
 
 
@@ -92,7 +95,10 @@ def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
     if not path.exists():
         raise UserError(f"{path} is missing; make it with: benchmarks/ablation.py {name} --force")
     model = EdgeCNN()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    try:
+        model.load_state_dict(read_torch(path))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path} holds no trial's weights; delete it and its JSON") from None
     return model
 
 
@@ -223,7 +229,7 @@ def main():
         if not step.kept():
             run_trial(step, name, trial, args.seed, run, load(), device)
     paths = [results_dir(run) / f"{name_of(n, s)}.json" for n in TRIALS for s in range(10)]
-    text = table([read_json(path, "this script") for path in paths if path.exists()])
+    text = table([read_record(path, "this script", READ) for path in paths if path.exists()])
     write_text(results_dir(run) / "table.md", text)
     print(text)
 

@@ -14,17 +14,20 @@ accuracy and in the logarithm of the cost, at the cheapest crossing.
 
 import io
 import math
+import os
 import sys
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's setting names a backend that may be missing here
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from edgecnn.cli import Parser, add_force_argument
+from edgecnn.cli import Parser, add_force_argument, run_folder
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import json_bytes, read_json, read_rows
+from edgecnn.files import json_bytes, read_record, read_rows
 from edgecnn.names import results_dir
 from edgecnn.step import results_step, source_digests
 from edgecnn.tables import markdown_table
@@ -53,16 +56,19 @@ LOOK = {
 def with_effort(rows: list[dict]) -> list[dict]:
     """The pruned INT8 rows of seed 0, each with the fine-tuning epochs of its FP32 parent's level."""
     asked = {"method", "precision", "seed", "criterion", "parent"}
-    if any(not asked <= row.keys() for row in rows):
-        raise UserError("the validation rows lack columns; run: make criteria")
+    if any(not asked <= row.keys() or row["criterion"] not in (None, *LOOK) for row in rows):
+        raise UserError("the validation rows lack columns or criteria; run: make criteria")
     chosen = [r for r in rows if r["method"].startswith("pruned") and r["precision"] == "int8"]
     made = {r["variant"]: results_dir("holdout") / f"{r['parent']}.json" for r in chosen}
-    return [
-        r
-        | {"epochs_a_level": read_json(made[r["variant"]], "make criteria")["arguments"]["epochs"]}
-        for r in chosen
-        if r["seed"] == 0
-    ]
+    return [r | {"epochs_a_level": epochs(made[r["variant"]])} for r in chosen if r["seed"] == 0]
+
+
+def epochs(path: Path):
+    """The epochs that a step's JSON says it was asked for; raises UserError where it does not."""
+    arguments = read_record(path, "make criteria", {"arguments": None})["arguments"]
+    if not isinstance(arguments, dict) or type(arguments.get("epochs")) is not int:
+        raise UserError(f"{path} does not say how many epochs it took; run: make criteria")
+    return arguments["epochs"]
 
 
 def curves(rows: list[dict]) -> dict[str, list[dict]]:
@@ -85,8 +91,11 @@ def curves(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def level(row: dict) -> float:
-    """The sparsity asked for, in percent."""
-    return float(row["method"].removeprefix("pruned_"))
+    """The sparsity asked for, in percent; raises UserError where the method does not say."""
+    try:
+        return float(row["method"].removeprefix("pruned_"))
+    except ValueError:
+        raise UserError(f"{row['method']} is no sparsity; run: make criteria") from None
 
 
 def cost_at(curve: list[dict], accuracy: float, key: str) -> float | None:
@@ -202,7 +211,11 @@ def made_up_rows() -> list[dict]:
 def main():
     parser = Parser(__doc__)
     parser.add_argument(
-        "--run", default="", metavar="NAME", help="write to results/NAME/ (default: results/)"
+        "--run",
+        type=run_folder,
+        default="",
+        metavar="NAME",
+        help="write to results/NAME/ (default: results/)",
     )
     parser.add_argument("--smoke", action="store_true", help="made-up curves, to results/smoke/")
     add_force_argument(parser)

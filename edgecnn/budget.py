@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY, in_range, lowest_seed_rows
+from edgecnn.files import MADE_BY, lowest_seed_rows
+from edgecnn.records import in_range
 
 KIB = 1024  # bytes: what the datasheets of microcontrollers mean by a KB or Kbyte
 

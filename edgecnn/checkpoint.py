@@ -6,8 +6,12 @@ points) and provenance (variant, parent, arguments, versions, commit, date).
 """
 
 import argparse
+import functools
 import hashlib
 import io
+import re
+import sys
+import warnings
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +20,20 @@ import torch
 from torch.utils.serialization import config as serialization_config
 
 from edgecnn.errors import UserError
-from edgecnn.files import sha256, write_files
+from edgecnn.files import read_record, sha256, write_files
 from edgecnn.model import ARCHITECTURE, EdgeCNN
-from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name
+from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name, results_dir
 from edgecnn.packing import pack, unpack
+from edgecnn.schema import COUNTER, check_header, check_layout, stored_bytes, value_problems
 from edgecnn.step import COMMIT, Step
+from edgecnn.text import is_name, one_line
 
 FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
-COUNTER = "num_batches_tracked"
-PRECISIONS = ("fp32", "int8")
-ORIGIN_KEYS = ("method", "criterion", "seed", "parent", "arguments", "torch_version", "commit")
-ORIGIN_KEYS += ("date_utc",)
-KEYS = ("architecture", "precision", "tensors", "provenance")
+READS = (
+    "this project reads the .pt files that its own train_baseline.py, prune_finetune.py and "
+    "quantize.py write, no other network's"
+)
+SLACK_BYTES = 2**22  # of a file beside its tensors: names, scales, provenance
 
 
 def torch_bytes(value) -> bytes:
@@ -98,11 +104,11 @@ def save_variant(
     print(f"wrote {path} ({len(content):,} bytes) and {step.record}")
 
 
-def made_by(path: Path) -> str:
-    """The command that makes a checkpoint of this name."""
+def made_by(path: Path) -> str | None:
+    """The command that makes a checkpoint of this name; None for a name of the user's own."""
     name = NAME_PATTERN.fullmatch(path.stem)
     if name is None:
-        return "the script that wrote it"
+        return None
     if name["method"] == "baseline":
         command = "python train_baseline.py"
     elif name["method"] == "control":
@@ -110,15 +116,81 @@ def made_by(path: Path) -> str:
     else:
         command = f"python prune_finetune.py --sparsity {float(name['percent']) / 100:g}"
         command += f" --criterion {name['criterion']}" if name["criterion"] else ""
-    command += f" --seed {name['seed']}" if name and name["seed"] else ""
+    command += f" --seed {name['seed']}" if name["seed"] else ""
     folder = path.parent.name if path.parent.parent == checkpoints_dir() else ""
     command += (
         f" --{folder}" if folder in ("smoke", "holdout") else f" --run {folder}" * bool(folder)
     )
-    if name and name["precision"] == "int8":
+    if name["precision"] == "int8":
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
     return command
+
+
+def check_archive(file) -> int:
+    """The bytes of all records of torch.save's zip file; raises ValueError for a damaged one.
+
+    Records lie in it as they are, so that reading them takes no more memory than the file is long;
+    torch itself would unpack compressed ones, and looks at no CRC.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError("truncated, or not written by torch.save")
+    with zipfile.ZipFile(file) as archive:
+        records, length = archive.infolist(), file.seek(0, io.SEEK_END)
+        total = sum(record.file_size for record in records)
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records) or total > length:
+            raise ValueError("its records are compressed or larger than the file")
+        if any(
+            r.file_size > SLACK_BYTES for r in records if not re.search(r"/data/\d+$", r.filename)
+        ):
+            raise ValueError("it holds more than tensors and their names")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the record {damaged} is damaged: its CRC does not fit")
+    return total
+
+
+def read_torch(path: Path, check=None):
+    """torch.load of plain values and tensors; raises ValueError, in one line, for any other file.
+
+    `check` gets what the file holds with its tensors on the meta device, before their data are read,
+    and the bytes of its records.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            total = check_archive(file)
+            if check is not None:
+                file.seek(0)
+                check(torch.load(file, map_location="meta", weights_only=True), total)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # torch, zip and pickle each have errors of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights only" in reason.lower():
+            reason = "it holds Python objects besides tensors, which are refused, never executed"
+        raise ValueError(reason) from None
+
+
+@functools.cache
+def note_other_digest(path: Path) -> None:
+    """Say, once, where a checkpoint is not the file that the JSON of its step describes."""
+    folder = path.parent.parent if path.parent != checkpoints_dir() else path.parent
+    json_path = results_dir(path.parent.name if folder != path.parent else "") / f"{path.stem}.json"
+    if folder != checkpoints_dir() or not json_path.is_file():
+        return
+    try:
+        told = read_record(json_path, made_by(path) or "the step", {}).get("checkpoint_sha256")
+    except UserError as error:
+        print(f"note: {one_line(str(error))}", file=sys.stderr)
+        return
+    if told is not None and told != sha256(path):
+        print(
+            f"note: {path} is not the file that {json_path} describes: its SHA-256 differs; "
+            "run the step again, unless you put it there yourself",
+            file=sys.stderr,
+        )
 
 
 def load_checkpoint(path: Path, precision: str | None = None) -> dict:
@@ -127,44 +199,44 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
     `precision` demands fp32 or int8. Raises UserError, saying what to do, on any other file.
     """
     path = Path(path)
-    again = f"make it again with: {made_by(path)}"
+    if not is_name(path.stem):
+        raise UserError(f"{str(path)!a} is no name for a table; rename the file")
+    command = made_by(path)
+    again = f"make it again with: {command}" if command else READS
     if not path.is_file():
-        raise UserError(f"{path} is missing; make it with: {made_by(path)}")
+        raise UserError(f"{path} is missing, or no file; {again.replace('again ', '')}")
+
+    def check(checkpoint, total: int) -> None:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+        if not isinstance(found, str) or found != FORMAT:
+            raise UserError(f"{path} is not a checkpoint of this project; {READS}")
+        version = checkpoint.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {ascii(version):.20}, not {FORMAT_VERSION}; {again}"
+            )
+        try:
+            check_header(checkpoint)
+            if precision not in (None, checkpoint["precision"]):
+                raise UserError(
+                    f"{path} is {checkpoint['precision']}, and this step takes {precision}; "
+                    f"give it {precision_hint(checkpoint['provenance'], precision)}"
+                )
+            check_layout(checkpoint)
+            if total > stored_bytes(checkpoint) + SLACK_BYTES:
+                raise ValueError(f"it holds {total:,} bytes, more than its network needs")
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; {again}") from None
+
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("truncated, or not written by torch.save")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle each have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "weights only" in reason.lower():
-            reason = "it holds Python objects besides tensors, which are refused, never executed"
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); {again}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project; {again}")
-    if checkpoint.get("format_version") != FORMAT_VERSION:
-        found = checkpoint.get("format_version")
-        raise UserError(f"{path} has format version {found}, not {FORMAT_VERSION}; {again}")
-    for key in KEYS:
-        if key not in checkpoint:
-            raise UserError(f"{path} lacks `{key}`; {again}")
-    if checkpoint["architecture"] != ARCHITECTURE:
+        checkpoint = read_torch(path, check)
+    except ValueError as error:
+        foreign = "Python objects" in str(error) or "not written by torch.save" in str(error)
         raise UserError(
-            f"{path} holds the architecture {checkpoint['architecture']}, not {ARCHITECTURE}; {again}"
-        )
+            f"{path} is not a readable checkpoint ({error}); {READS if foreign else again}"
+        ) from None
     origin = checkpoint["provenance"]
-    missing = [key for key in ORIGIN_KEYS if key not in origin]
-    if missing:
-        raise UserError(f"{path}: its provenance lacks {', '.join(missing)}; {again}")
     origin["criterion"] = criterion_name(origin["criterion"])
-    if checkpoint["precision"] not in PRECISIONS:
-        raise UserError(f"{path}: precision {checkpoint['precision']} is not known; {again}")
-    if checkpoint["precision"] == "int8" and "quantization" not in checkpoint:
-        raise UserError(f"{path} lacks `quantization`, its scales and zero points; {again}")
-    if precision not in (None, checkpoint["precision"]):
-        raise UserError(
-            f"{path} is {checkpoint['precision']}, and this step takes {precision}; "
-            f"give it {precision_hint(checkpoint['provenance'], precision)}"
-        )
     try:
         checkpoint["tensors"] = {
             name: unpack(value) if isinstance(value, dict) else value
@@ -172,9 +244,9 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
         }
     except Exception as error:  # lzma, numpy and ValueError alike
         raise UserError(f"{path} has a damaged weight ({error}); {again}") from None
-    for name, tensor in checkpoint["tensors"].items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite; {again}")
+    for problem in value_problems(checkpoint["tensors"]):
+        raise UserError(f"{path}: {problem}; {again}")
+    note_other_digest(path)
     return checkpoint
 
 
@@ -185,6 +257,9 @@ def find_checkpoints(run: str) -> list[Path]:
     paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
     if not paths:
         raise UserError(f"no checkpoint in {folder}; make one with: python train_baseline.py")
+    for path in paths:
+        if not is_name(path.stem):
+            raise UserError(f"{str(path)!a} cannot be shown in a table; rename the file")
     return paths
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 import re
+import sys
 
 from edgecnn.errors import UserError
 from edgecnn.names import checkpoints_dir
+from edgecnn.text import UNSHOWABLE
 
 SMOKE_EPOCHS = 2
+MOST = 1_000_000  # of epochs, images, a batch: more is a slip of the finger
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,13 +23,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
 
+    def parse_args(self, *args, **kwargs):
+        for word in sys.argv[1:]:
+            if UNSHOWABLE.search(word):  # it would reach JSON, tables and pictures
+                self.error(f"{word!a} is not UTF-8 text without control characters; rename it")
+        return super().parse_args(*args, **kwargs)
+
 
 def positive_int(text: str) -> int:
-    """An integer above zero, or argparse's error."""
+    """An integer from 1 to a million, or argparse's error."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is above {MOST:,}")
     return value
+
+
+def run_folder(text: str) -> str:
+    """The name of a run's folder below checkpoints/ and results/, or argparse's error."""
+    if text and not re.fullmatch(r"[\w-]{1,100}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a name of letters, digits, _ and -")
+    return text
 
 
 def seed(text: str) -> int:
@@ -68,6 +86,7 @@ def add_run_arguments(parser: Parser) -> None:
     """Where a script reads and writes: --run, --smoke, --data-dir."""
     parser.add_argument(
         "--run",
+        type=run_folder,
         default="",
         metavar="NAME",
         help="work in checkpoints/NAME/ and results/NAME/ (default: checkpoints/ and results/)",
@@ -142,14 +161,14 @@ def run_name(args: argparse.Namespace) -> str:
     """The folder name that the arguments ask for, below checkpoints/ and results/.
 
     Without --run, --smoke or --holdout a --checkpoint keeps its children in its own run's folder.
-    Raises UserError when two of them ask for different folders, or --run is not a plain name.
+    Raises UserError when two of them ask for different folders.
     """
     implied = "smoke" if args.smoke else "holdout" if getattr(args, "holdout", False) else ""
     if implied and args.run not in ("", implied):
         raise UserError(f"--run {args.run} and --{implied} ask for different folders; give one")
-    if args.run and not re.fullmatch(r"[\w-]+", args.run):
-        raise UserError(f"--run {args.run} is not a name of letters, digits, _ and -")
     checkpoint = getattr(args, "checkpoint", None)
-    if checkpoint and not (args.run or implied) and checkpoint.parent.parent == checkpoints_dir():
-        return checkpoint.parent.name
+    if checkpoint and not (args.run or implied):
+        folder = checkpoint.parent
+        if folder.parent == checkpoints_dir() and folder.name != "..":
+            return folder.name
     return args.run or implied

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from edgecnn.compare import crossing
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY, read_json
+from edgecnn.files import MADE_BY, read_table
+from edgecnn.records import MOST
+from edgecnn.text import picture_text
 
 KIB = 1024
 GREY = "#808080"
@@ -80,7 +82,7 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
     figure = Figure(figsize=(12, 4.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(LAYER_PANELS), sharey=True)
-    names = [f"{row['layer']}\n{row['zeros_percent']:.0f} % zeros" for row in rows]
+    names = [f"{picture_text(row['layer'])}\n{row['zeros_percent']:.0f} % zeros" for row in rows]
     for panel, (label, unit, parts) in zip(panels, LAYER_PANELS, strict=True):
         left = np.zeros(len(rows))
         for key, name, color in parts:
@@ -91,25 +93,23 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
             panel.annotate(
                 f"{total:.3g}", (total, y), (3, 0), textcoords="offset points", va="center"
             )
-        panel.set_xlim(0, 1.18 * max(left))
+        panel.set_xlim(0, 1.18 * max(left) or 1)
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
         if len(parts) > 1:
             panel.legend(frameon=False, fontsize=9)
     panels[0].invert_yaxis()
-    figure.suptitle(f"{variant}: where weights, multiplications and modelled energy sit")
+    figure.suptitle(
+        f"{picture_text(variant)}: where weights, multiplications and modelled energy sit"
+    )
     return figure
 
 
 def layers_of(path: Path, variant: str) -> list[dict]:
     """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
-    rows = read_json(path, MADE_BY)
-    keys = {"variant", "layer", "zeros_percent"}
-    keys |= {key for *_, parts in LAYER_PANELS for key, *_ in parts}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and keys <= r.keys() for r in rows
-    ):
-        raise UserError(f"{path} is not a list of layers; make it again with: {MADE_BY}")
+    costs = {key: (0, MOST) for *_, parts in LAYER_PANELS for key, *_ in parts}
+    needed = {"variant": None, "layer": None, "zeros_percent": (0, 100), **costs}
+    rows = read_table(path, MADE_BY, needed)
     chosen = [row for row in rows if row["variant"] == variant]
     if not chosen:
         known = ", ".join(dict.fromkeys(row["variant"] for row in rows))

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from edgecnn.errors import UserError
 from edgecnn.names import criterion_name
+from edgecnn.records import plain_problem, row_problem
+from edgecnn.text import is_name
 
 MADE_BY = "python evaluate.py"  # metrics.json
+LARGEST_JSON_BYTES = 64 * 2**20
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -108,52 +111,58 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path, made_by: str):
-    """Read JSON; raises UserError naming the step that makes the file when missing or malformed."""
+    """Read JSON of plain values; raises UserError naming the step that makes the file otherwise."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_JSON_BYTES:
+            raise ValueError(f"it is larger than {LARGEST_JSON_BYTES:,} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        problem = plain_problem(value)
+        if problem:
+            raise ValueError(problem)
+        return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it with: {made_by}") from None
+    except RecursionError:
+        reason = "it is nested too deeply"
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not readable JSON ({error}); make it again with: {made_by}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{path} is not readable JSON ({reason}); make it again with: {made_by}")
 
 
-def in_range(value, low: float, high: float) -> bool:
-    """True for a number from low to high; booleans, text, NaN and infinity are out of any range."""
-    return type(value) in (int, float) and low <= value <= high
+def read_record(path: Path, made_by: str, needed: dict) -> dict:
+    """One object of JSON, checked as records.row_problem does; raises UserError."""
+    record = read_json(path, made_by)
+    problem = row_problem(record, needed)
+    if problem:
+        raise UserError(f"{path}: {problem}; make it again with: {made_by}")
+    return record
+
+
+def read_table(path: Path, made_by: str, needed: dict, optional: dict | None = None) -> list[dict]:
+    """A list of rows of JSON, each checked as records.row_problem does; raises UserError."""
+    rows = read_json(path, made_by)
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is not a list of rows; make it again with: {made_by}")
+    for count, row in enumerate(rows, start=1):
+        problem = row_problem(row, needed, optional)
+        if problem:
+            name = row.get("variant") if isinstance(row, dict) else None
+            name = f" ({name})" if is_name(name) else ""
+            raise UserError(f"{path}: row {count}{name}: {problem}; make it again with: {made_by}")
+    return rows
 
 
 def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[dict]:
-    """The rows of a metrics.json, checked as far as a reader needs them; raises UserError.
+    """The rows of a metrics.json, at least one, with names and accuracies; raises UserError.
 
-    needed, optional: key -> (low, high), between which its values must lie; an optional one may be
-    absent or null. Names, seeds and accuracies are always checked.
+    needed, optional: key -> (low, high), between which its values must lie.
     """
-    rows = read_json(path, MADE_BY)
-    if not isinstance(rows, list) or not rows:
+    needed = {"variant": None, "accuracy_percent": (0, 100), **needed}
+    rows = read_table(path, MADE_BY, needed, optional)
+    if not rows:
         raise UserError(f"{path} is not a list of variants, or an empty one; run: {MADE_BY}")
-    needed = {"accuracy_percent": (0, 100), **needed}
-    for count, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {count} is not an object; run: {MADE_BY}")
-        name = row.get("variant")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f'{path}: row {count} has no name under "variant"; run: {MADE_BY}')
-        if "criterion" in row:
-            row["criterion"] = criterion_name(row["criterion"])
-        if not isinstance(row.get("seed", 0), int):
-            raise UserError(f'{path}: row {count} ({name}): "seed" is no integer; run: {MADE_BY}')
-        given = {key: ends for key, ends in (optional or {}).items() if row.get(key) is not None}
-        for key, (low, high) in (needed | given).items():
-            if not in_range(row.get(key), low, high):
-                problem = f"is {row[key]!r:.40}, not a number" if key in row else "is missing"
-                raise UserError(
-                    f'{path}: row {count} ({name}): "{key}" {problem} '
-                    f"(from {low:g} to {high:g}); run: {MADE_BY}"
-                )
-    return rows
+    return [row | {"criterion": criterion_name(row.get("criterion"))} for row in rows]
 
 
 def lowest_seed_rows(rows: list[dict]) -> list[dict]:

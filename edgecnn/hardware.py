@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from edgecnn.errors import UserError
-from edgecnn.files import in_range, read_json
+from edgecnn.files import read_table
+from edgecnn.records import MOST
 
 MADE_BY_HARDWARE = "python simulate_hardware.py"
 # The keys of hardware.json begin so; those of a checkpoint's own row never do.
@@ -39,15 +39,7 @@ def stm32l4r5_energy_uj(row: dict) -> dict:
 def read_hardware(folder: Path) -> list[dict]:
     """The rows of the run's hardware.json, none without the file; raises UserError for other JSON."""
     path = folder / "hardware.json"
-    rows = read_json(path, MADE_BY_HARDWARE) if path.exists() else []
-    named = isinstance(rows, list) and all(
-        isinstance(row, dict) and isinstance(row.get("checkpoint_sha256"), str) for row in rows
-    )
-    if not named:
-        raise UserError(
-            f"{path} is not a list of measured checkpoints; make it again with: {MADE_BY_HARDWARE}"
-        )
-    return rows
+    return read_table(path, MADE_BY_HARDWARE, {"checkpoint_sha256": None}) if path.exists() else []
 
 
 def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
@@ -68,12 +60,5 @@ def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
 
 def read_break_even(folder: Path) -> list[dict]:
     """The rows of the run's break_even.json, its figures checked; raises UserError."""
-    path, made_by = folder / "break_even.json", f"{MADE_BY_HARDWARE} --break-even"
-    rows = read_json(path, made_by)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a list of rows; make it again with: {made_by}")
-    for row in rows:
-        missing = [name for name in BREAK_EVEN_KEYS if not in_range(row.get(name), 0, 1e15)]
-        if missing:
-            raise UserError(f"{path} has no number under {missing[0]}; make it with: {made_by}")
-    return rows
+    needed = dict.fromkeys(BREAK_EVEN_KEYS, (0, MOST)) | {"zeros_percent": (0, 100)}
+    return read_table(folder / "break_even.json", f"{MADE_BY_HARDWARE} --break-even", needed)

@@ -60,12 +60,48 @@ def pack(tensor: torch.Tensor) -> dict:
     }
 
 
+def stream_lengths(packed: dict, dtype: torch.dtype, count: int) -> list[int]:
+    """The lengths of the streams of a packed tensor of `count` values, the bitmap's first."""
+    bitmap = [(count + 7) // 8] if packed["sparse"] else []
+    return bitmap + [packed["stored_values"]] * dtype.itemsize
+
+
+def check_packed(packed: dict, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a packed tensor would not unpack to this dtype and shape, no larger.
+
+    Looks at no data: `coded` may lie on the meta device.
+    """
+
+    def counts(values, most: int) -> bool:
+        return isinstance(values, list) and all(type(x) is int and 0 <= x <= most for x in values)
+
+    count, coded = int(np.prod(shape)), packed.get("coded")
+    if packed.get("dtype") != str(dtype).removeprefix("torch."):
+        raise ValueError(f"its dtype is not {str(dtype).removeprefix('torch.')}")
+    if not counts(packed.get("shape"), count) or tuple(packed["shape"]) != shape:
+        raise ValueError(f"its shape is not {'x'.join(map(str, shape))}")
+    if not isinstance(packed.get("sparse"), bool) or not counts(
+        [packed.get("stored_values")], count
+    ):
+        raise ValueError("it does not say what it stores")
+    if not packed["sparse"] and packed["stored_values"] != count:
+        raise ValueError(f"it stores {packed['stored_values']} of {count} values without a bitmap")
+    if type(coded) is not torch.Tensor or coded.dtype != torch.uint8 or coded.ndim != 1:
+        raise ValueError("its data are no bytes")
+    lengths = stream_lengths(packed, dtype, count)
+    parts = packed.get("coded_lengths")
+    if not counts(parts, coded.numel()) or len(parts) != len(lengths):
+        raise ValueError(f"it has no lengths of {len(lengths)} streams")
+    if sum(parts) != coded.numel() or any(p > n for p, n in zip(parts, lengths, strict=True)):
+        raise ValueError("its streams are longer than what they stand for")
+
+
 def unpack(packed: dict) -> torch.Tensor:
     """The tensor that was packed, bit for bit. Raises ValueError on inconsistent data."""
     dtype, shape = DTYPES[packed["dtype"]], packed["shape"]
-    count, stored = int(np.prod(shape)), packed["stored_values"]
-    lengths = ([(count + 7) // 8] if packed["sparse"] else []) + [stored] * dtype.itemsize
+    count = int(np.prod(shape))
     data, streams = packed["coded"].numpy().tobytes(), []
+    lengths = stream_lengths(packed, dtype, count)
     for length, coded_length in zip(lengths, packed["coded_lengths"], strict=True):
         streams.append(decode_stream(data[:coded_length], length))
         data = data[coded_length:]

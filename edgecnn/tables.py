@@ -11,6 +11,7 @@ from edgecnn.files import lowest_seed_rows
 from edgecnn.hardware import PICOJOULES_A_CYCLE, stm32l4r5_energy_uj
 from edgecnn.names import is_always_shown
 from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8, TEST_SET
+from edgecnn.text import markdown_cell
 
 KIB = 1024  # bytes
 BAND_NOTE = (
@@ -56,6 +57,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     Names come from files: what Markdown or HTML would take for markup is shown as it is.
     """
     lines = [[c.replace("|", "\\|").replace("<", "&lt;") for c in line] for line in lines]
+    header, *lines = ([markdown_cell(cell) for cell in line] for line in (header, *lines))
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def render(cells):

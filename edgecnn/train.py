@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from edgecnn.checkpoint import write_torch
+from edgecnn.checkpoint import read_torch, write_torch
 from edgecnn.data import Split, augmented_batches, normalize, pad_reflect
 from edgecnn.errors import UserError
 
@@ -226,13 +226,14 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
     if not path.exists():
         return []
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch(path)
         ours = asdict(recipe) | {"start": ""}
         theirs = ours | state["recipe"] | {"start": ""}  # other code may lack a field
-        if theirs == ours and state["source"] == source:
+        before = dict(state["source"])
+        if theirs == ours and before == source:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
+            history = list(state["history"])
     except Exception as error:  # a damaged file fails in torch, zip or pickle alike
         raise UserError(
             f"{path} is damaged ({type(error).__name__}); --force starts from the beginning"
@@ -242,8 +243,8 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
         raise UserError(
             f"{path} was written with {changed}; give the same, or --force to start again"
         )
-    if state["source"] != source:
-        changed = ", ".join(key for key in source if state["source"].get(key) != source[key])
+    if before != source:
+        changed = ", ".join(key for key in source if before.get(key) != source[key])
         print(f"{path} belongs to another {changed}; starting from the beginning")
         return []
     print(f"resuming after epoch {len(history)} of {recipe.epochs}")

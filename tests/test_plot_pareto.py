@@ -395,7 +395,7 @@ BAD = {
     "malformed": ("[{]", "not readable JSON"),
     "empty list": ([], "empty"),
     "no list": ({"rows": []}, "not a list"),
-    "no object": ([FOUR[0], 3], "row 2 is not an object"),
+    "no object": ([FOUR[0], 3], "row 2: it is not an object"),
     "no name": (without("variant"), "row 2"),
     "blank name": (with_value("variant", " "), "row 2"),
     "no accuracy": (without("accuracy_percent"), '"accuracy_percent" is missing'),
