@@ -38,8 +38,8 @@ YARDSTICK, YARDSTICK_PERCENTS = "l1", (80.0, 90.0, 95.0)
 LEVELS = (70.0, 80.0, 90.0, 95.0)  # percent of zeros, as `make criteria` prunes
 # What is to be spared: the row's key, its name in tables, its name on an axis and the axis' unit.
 COSTS = {
-    "energy_sram_uj": ("energy, uJ", "modelled energy (µJ an image, weights in SRAM)", 1),
-    "weight_stored_bytes": ("stored bytes", "stored weights (kB), index included", 1e3),
+    "energy_sram_uj": ("energy, µJ", "modelled energy (µJ an image, weights in SRAM)", 1),
+    "weight_stored_bytes": ("stored bytes", "stored weights (KiB), index included", 1024),
     "macs_nonzero": ("non-zero MACs", "non-zero MACs (millions)", 1e6),
 }
 LOOK = {
@@ -161,7 +161,7 @@ def table(found: dict[str, list[dict]], equal: list[list[dict]]) -> str:
         for row in reversed(curve)
     ]
     header = ["Criterion", "Zeros %", "Validation accuracy %", "Non-zero MACs M"]
-    header += ["Energy uJ, SRAM", "Stored bytes"]
+    header += ["Energy µJ, SRAM", "Stored bytes"]
     return "\n\n".join([markdown_table(header, lines), *map(equal_table, equal)]) + "\n"
 
 

@@ -16,10 +16,8 @@ def set_accuracy_axis(axes, own: list[float], theirs: list[float], images: str) 
     own, theirs: the accuracies to make room for, in percent; images: what they are of.
     """
     low, high = min(own + theirs), max(own + theirs)
-    low, high = (
-        low - 0.4 - 0.04 * (high - low),
-        high + 0.3 + 0.06 * (max(own) - min(own)) + 0.06 * (max(own) - min(own)),
-    )
+    room = 0.3 + 0.06 * (max(own) - min(own))  # for a name above the best point
+    low, high = low - 0.4 - 0.04 * (high - low), high + room
     axes[0].set_ylim(low, high)  # before the scale, which has no room outside its ends
     label = f"accuracy (%), {images}"
     ticks = MaxNLocator(8, steps=TICK_STEPS).tick_values(low, high)

@@ -1,5 +1,7 @@
 """plot_pareto.py: what is drawn and named, others' marks, bad input."""
 
+import contextlib
+import io
 import itertools
 import json
 import struct
@@ -7,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_main
 from matplotlib.collections import PolyCollection
 
 import plot_pareto
@@ -76,15 +79,15 @@ SWEEP = [
 
 
 def run(folder, *arguments):
-    """Run the script in a folder of its own, as a user would."""
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        check=False,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    """The script's main() in a folder of its own: exit code and what it printed."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with contextlib.chdir(folder), streams[0], streams[1]:
+        try:
+            run_main("plot_pareto", *arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def write_metrics(folder, content, run_name=""):
