@@ -49,7 +49,6 @@ from edgecnn.labels import label_points
 from edgecnn.names import NAME_PATTERN, results_dir
 from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
 from edgecnn.step import results_step, source_digests
-from edgecnn.text import picture_text
 
 # A panel a line: the row's key, what one axis unit is in the key's unit, the axis label, and the
 # limits of a budget that take its place.
@@ -213,7 +212,7 @@ def budget_note(rows, limits: dict[str, float]) -> str:
     fitting = ranked(rows, limits)
     no_panel = [name for name in limits if not any(name in own for _, own in PANELS)]
     no_panel = [name for name in no_panel if name != "accuracy"]
-    best = f"Best: {picture_text(fitting[0]['variant'])}." if fitting else "Nothing fits."
+    best = f"Best: {fitting[0]['variant']}." if fitting else "Nothing fits."
     budget = ", ".join(
         f"{name} at {'least' if LIMITS[name].floor else 'most'} {number(limit)}"
         for name, limit in limits.items()
@@ -266,7 +265,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
     own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
     own = [value for value in [*own, limits.get("accuracy")] if value is not None]
     theirs = [row["accuracy_percent"] for *_, row in others]
-    set_accuracy_axis(axes, own, theirs, picture_text(rows[0].get("test_set", TEST_SET)))
+    set_accuracy_axis(axes, own, theirs, rows[0].get("test_set", TEST_SET))
     for n, panel in enumerate(axes):
         key, unit, label, bound = panel_axis(n, rows, limits)
         here = [row for row in rows if row.get(key) is not None]

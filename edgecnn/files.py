@@ -1,6 +1,7 @@
 """Atomic writing and checked reading of text and JSON."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -74,6 +75,9 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
     They are replaced in the order given. Raises UserError when one cannot be written.
     """
+    for path in contents:
+        if path.is_dir():
+            raise cannot_write(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     with contextlib.ExitStack() as stack:
         for path, content in reversed(contents.items()):  # the stack leaves the last one first
             stack.enter_context(atomic_path(path)).write_bytes(content)
@@ -88,8 +92,8 @@ def require_writable(*folders: Path) -> None:
     """Raise UserError now, not after the work, when a file could not be written to a folder."""
     for folder in folders:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             raise cannot_write(folder, error) from error

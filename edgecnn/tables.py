@@ -56,7 +56,6 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
     Names come from files: what Markdown or HTML would take for markup is shown as it is.
     """
-    lines = [[c.replace("|", "\\|").replace("<", "&lt;") for c in line] for line in lines]
     header, *lines = ([markdown_cell(cell) for cell in line] for line in (header, *lines))
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 

@@ -19,7 +19,7 @@ def test_break_even_picture_draws_every_line_of_the_json(workdir, capsys):
         drawn = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
         for key, unit, name, *_ in lines:
             assert list(drawn[name]) == [row[key] / unit for row in rows]
-    run_main("plot_pareto", "--run", "reference", "--break-even")
+    run_main("plot_pareto", "--run", "reference", "--break-even", "--force")
     del rows[0]["m4_dense_instructions"]
     (workdir / "results/reference/break_even.json").write_text(json.dumps(rows))
     error = fails(capsys, workdir, "plot_pareto", "--run", "reference", "--break-even")
