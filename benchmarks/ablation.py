@@ -187,21 +187,17 @@ def table(results: list[dict]) -> str:
             )
             for decay in DECAYS
         ]
-        macs = statistics.mean(run["macs_nonzero"] for run in runs)
         lines.append(
             [
                 *(name, trial.against or "-", part(trial), str(len(runs[0]["history"]))),
-                *(f"{100 * trial.sparsity:g}", f"{macs / 1e6:.2f}"),
                 ", ".join(f"{accuracy(name, seed):.2f}" for seed in seeds),
                 ", ".join(f"{change:+.2f}" for change in changes) or "-",
-                f"{statistics.mean(changes):+.2f}" if changes else "-",
                 " / ".join(f"{change:+.2f}" for change in averaged),
             ]
         )
-    header = (
-        "Trial;Against;Part on trial;Epochs;Zeros %;Non-zero MACs M;Validation accuracy %, a seed;"
-        "Change, points, a seed;Mean change;"
-    ).split(";")
+    header = "Trial;Against;Part on trial;Epochs;Accuracy %, a seed;Change, points, a seed;".split(
+        ";"
+    )
     header[-1] = f"Averaged weights, decay {' / '.join(map(str, DECAYS))}: change"
     return markdown_table(header, lines) + "\n"
 
