@@ -15,8 +15,8 @@ from edgecnn import ethos_u
 from edgecnn.c_source import host_compiler
 from edgecnn.errors import UserError
 from edgecnn.files import read_json, write_json
+from edgecnn.tables import markdown_table
 from edgecnn.text import is_name, markdown_cell, one_line, picture_text
-from evaluate import markdown_table
 from simulate_hardware import exported
 
 RESULTS = REPOSITORY / "results/reference"

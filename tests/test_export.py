@@ -334,7 +334,8 @@ def test_checkpoints_whose_parts_do_not_fit(copy, capsys, spoil):
     checkpoint = torch.load(path, weights_only=True)
     spoil(checkpoint)
     torch.save(checkpoint, path)
-    assert "do not fit" in fails(capsys, copy, "export_edge", *ARGUMENTS)
+    error = fails(capsys, copy, "export_edge", *ARGUMENTS)
+    assert "baseline_int8.pt: " in error and "make it again with: python quantize.py" in error
 
 
 def test_a_run_without_int8_checkpoints(copy, capsys):

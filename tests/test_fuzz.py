@@ -13,10 +13,11 @@ from conftest import REPOSITORY, run_main
 from edgecnn.c_source import stored_layers
 from edgecnn.checkpoint import fp32_model, load_checkpoint
 from edgecnn.errors import user_errors_exit_2
+from edgecnn.figures import layers_of
 from edgecnn.files import read_table
-from evaluate import hardware_table, with_hardware
-from plot_pareto import break_even_rows, layers_of
-from quantize import int8_model
+from edgecnn.hardware import read_break_even, with_hardware
+from edgecnn.int8 import int8_model
+from edgecnn.tables import blocks
 
 REFERENCE = REPOSITORY / "checkpoints/reference"
 RESULTS = REPOSITORY / "results/reference"
@@ -148,13 +149,13 @@ def json_uses(folder) -> dict:
 
     def hardware():
         rows = read_table(folder / "hardware.json", "a step", {"checkpoint_sha256": None})
-        hardware_table(with_hardware(metrics, rows))
+        blocks(with_hardware(metrics, rows), [], everything=True)
 
     return {
         "metrics.json": lambda: run_main("evaluate", "--budget", "flash_kb=300", "accuracy=80"),
         "hardware.json": hardware,
         "layers.json": lambda: layers_of(folder / "layers.json", "pruned_50_int8"),
-        "break_even.json": lambda: break_even_rows(folder / "break_even.json"),
+        "break_even.json": lambda: read_break_even(folder),
     }
 
 
