@@ -51,13 +51,12 @@ def count_macs(
 ) -> MacReport:
     """MACs, parameters and relative energy of every layer, from one forward in eval mode.
 
-    input_size: shape of one example without the batch, such as (3, 32, 32); a batch of 1 is put
-    before it. Zeros are fed, on the device and of the floating-point type of the parameters.
-    example_inputs: instead of a size, the tensor, the tuple of arguments or the dict of keyword
-    arguments to call the model with; counted as they are, so give them a batch of 1.
+    input_size: shape of one example without the batch, such as (3, 32, 32). A batch of 1 of zeros
+    is fed, on the device and of the floating-point type of the parameters.
+    example_inputs: instead, the tensor, the tuple of arguments or the dict of keyword arguments to
+    call the model with; counted as they are, so give them a batch of 1.
     bits: width of a MAC, where the tensors do not tell (integers that are stored as floats).
-    unknown: what to do about a weight that meets activations in an operation not understood, or in
-    none that could be seen: "error", or "warn" to get the report with these MACs missing.
+    unknown: what to do about what cannot be counted: "error", or "warn" to get the rest.
     observe: called after each operation on activations with (operation, the activations it reads,
     the tensors it returns, the LayerCount that its product was booked on or None).
 
@@ -74,10 +73,10 @@ def count_macs(
     """
     if unknown not in ("error", "warn"):
         raise ValueError(f"unknown must be 'error' or 'warn', not {unknown!r}")
-    if (input_size is None) == (example_inputs is None):
-        raise ValueError("give either input_size or example_inputs")
     if bits is not None and (not isinstance(bits, int) or bits < 1):
         raise ValueError(f"bits must be a positive integer, not {bits!r}")
+    if (input_size is None) == (example_inputs is None):
+        raise ValueError("give either input_size or example_inputs")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{_label(name)} is TorchScript: count the module it was made from")
@@ -109,7 +108,7 @@ def count_macs(
     layers = [row for row in mode.rows.values() if row.parameters or row.total_macs]
     for row in layers:
         row.bits = row.bits and (bits or row.bits)
-    shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
+    shapes = [tuple(t.shape) for t in _tensors((args, kwargs), set())]
     return MacReport(layers, shapes, mode.folded_macs, uncounted)
 
 
@@ -192,18 +191,16 @@ class MacReport:
     def table(self) -> str:
         """The report as aligned text: a header, one line a layer, the totals, then what to note."""
         columns = {key: getattr(self, key) for key in self.TOTALS[:-2]}
-        lines = [
-            "layer/type/output/MACs/nonzero MACs/act. MACs/params/zeros %/bits/energy".split("/")
-        ]
+        header = "layer,type,output,MACs,nonzero MACs,act. MACs,params,zeros %,bits,energy"
+        lines = [header.split(",")]
         for row in (*self.layers, LayerCount("total", "", (), **columns)):
-            zeros = "-" if row.zeros_percent is None else f"{row.zeros_percent:.1f}"
-            energy = row.energy if row.name != "total" else self.energy
+            shape = "not run" if row.output_shape is None else _shape(row.output_shape)
             counts = (row.macs, row.nonzero_macs, row.activation_macs, row.parameters)
-            lines.append([row.name, row.type, "not run"])
-            if row.output_shape is not None:
-                lines[-1][2] = _shape(row.output_shape)
-            lines[-1] += ["?" if count is None else f"{count:,}" for count in counts]
-            lines[-1] += [zeros, str(row.bits or ""), f"{energy:.2f}"]
+            zeros = "-" if row.zeros_percent is None else f"{row.zeros_percent:.1f}"
+            energy = self.energy if row.name == "total" else row.energy
+            counts = ["?" if count is None else f"{count:,}" for count in counts]
+            row_bits = str(row.bits or "")
+            lines.append([row.name, row.type, shape, *counts, zeros, row_bits, f"{energy:.2f}"])
         text = ["input " + ", ".join(map(_shape, self.input_shapes)), aligned(lines, 3)]
         if self.folded_macs:
             text.append(f"not in the totals: {self.folded_macs:,} MACs among stored tensors alone")
@@ -266,9 +263,8 @@ def _label(name: str) -> str:
 
 
 # ---------------------------------------------------------------- what one operation multiplies
-# A product is (left operands, right operands, MACs[, are the right ones packed]). It has several on
-# the left where a layer has two inputs, or states beside its input, on the right where it has two
-# matrices.
+# A product is (left operands, right operands, MACs). There are several on the left where a layer has
+# two inputs, or states beside its input, and on the right where it has two matrices.
 
 aten, quantized = torch.ops.aten, torch.ops.quantized
 
@@ -289,21 +285,7 @@ def _matmul(left: Tensor, right: Tensor, *_) -> tuple:
     return [left], [right], left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
 
 
-def _packed(name: str) -> Callable:
-    """Of torch.ao's quantized layers: (x, ..., packed weights, ...) or the same without weights."""
-
-    def product(args: tuple, out) -> tuple | None:
-        weights = [t for t in _unpacked(args) if t.ndim > 1]
-        if not weights or not isinstance(args[0], Tensor):
-            return None
-        if name.startswith("conv"):
-            return *_conv(args[0], weights[0], out, "transpose" in name), True
-        return *_linear(_tensors(args), weights), True
-
-    return product
-
-
-_PRODUCTS: dict[object, Callable[[tuple, object], tuple | None]] = {
+_PRODUCTS: dict[object, Callable[[tuple, object], tuple]] = {
     aten.convolution: lambda args, out: _conv(args[0], args[1], out, transposed=args[6]),
     aten._trilinear: lambda args, out: _linear([args[0], args[2]], [args[1]]),  # nn.Bilinear
     aten.mkldnn_rnn_layer: lambda args, out: _linear(_tensors(args), list(args[1:3])),
@@ -315,32 +297,46 @@ for _op in (aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv, aten._sparse_addm
     _PRODUCTS[_op] = lambda args, out: _matmul(*args[1:])
 _PRODUCTS[quantized.matmul] = _PRODUCTS[aten.mm]
 
-# Operations in which a weight may meet an activation without a multiplication worth counting.
-_NO_PRODUCT = """add sub rsub maximum minimum where masked_fill masked_scatter cat stack copy index
-    index_put index_select gather scatter slice_scatter select_scatter""".split()
+# Operations in which a weight may meet an activation without a multiplication worth counting:
+# names in full, and the beginnings of the names that have a product among torch's quantized ones.
 _NO_PRODUCT = {
-    *(f"aten.{name}" for name in _NO_PRODUCT),
-    *(f"torchvision.{name}" for name in "nms roi_align roi_pool ps_roi_align ps_roi_pool".split()),
+    "aten": """add sub rsub maximum minimum where masked_fill masked_scatter cat stack copy index
+        index_put index_select gather scatter slice_scatter select_scatter""".split(),
+    "torchvision": "nms roi_align roi_pool ps_roi_align ps_roi_pool".split(),
 }
+_QUANTIZED_PRODUCTS = ("linear", "conv", "int4mm", "quantized_")
+_RECURRENT = ("quantized_lstm", "quantized_gru")  # of aten
+
+
+def _product(packet, args: tuple, out) -> tuple | None:
+    """What an operation multiplies; None if it is none of those understood."""
+    if packet in _PRODUCTS:
+        return _PRODUCTS[packet](args, out)
+    namespace, name = _names(packet)
+    # torch.ao's layers and cells: (x, ..., packed weights, ...), other operations only (un)pack
+    if namespace == "quantized" and name.startswith(_QUANTIZED_PRODUCTS) or name in _RECURRENT:
+        weights = [t for t in _unpacked(args) if t.ndim > 1]
+        if weights and isinstance(args[0], Tensor):
+            if name.startswith("conv"):
+                return _conv(args[0], weights[0], out, "transpose" in name)
+            return _linear(_tensors(args), weights)
+    return None
 
 
 @functools.cache
-def _formula(packet) -> Callable[[tuple, object], tuple | None] | None:
-    """(arguments, output) of an operation -> its product; None if none of it is known."""
-    namespace, _, name = str(packet).partition(".")
-    is_packed = namespace == "quantized" and name.startswith(("linear", "conv"))
-    is_packed |= name.startswith(("quantized_lstm", "quantized_gru", "quantized_rnn"))
-    return _packed(name) if is_packed else _PRODUCTS.get(packet)
-
-
-def _no_product(packet) -> bool:
-    """Whether an operation that has no formula is known to multiply nothing."""
+def _names(packet) -> tuple[str, str]:
+    """(library, name) of an operation, the mark of an in-place one left out."""
     namespace, _, name = str(packet).rstrip("_").partition(".")
+    return namespace, name
+
+
+def _multiplies_nothing(packet) -> bool:
+    """Whether an operation that is no product has no part in one."""
+    namespace, name = _names(packet)
     if namespace == "quantized":
-        return not name.startswith(("linear", "conv", "int4mm", "quantized_"))
-    return f"{namespace}.{name}" in _NO_PRODUCT or (
-        namespace == "aten" and ("embedding" in name or "_norm" in name)
-    )
+        return not name.startswith(_QUANTIZED_PRODUCTS)
+    is_known = namespace == "aten" and ("embedding" in name or "_norm" in name)
+    return is_known or name in _NO_PRODUCT.get(namespace, ())
 
 
 def _unpacked(value) -> list[Tensor]:
@@ -354,21 +350,19 @@ def _unpacked(value) -> list[Tensor]:
     return [t for v in value for t in _unpacked(v)] if isinstance(value, (list, tuple)) else []
 
 
-def _tensors(value, above: tuple = ()) -> list[Tensor]:
-    """Every tensor in nested containers, dataclasses and namespaces."""
+def _tensors(value, objects: set[int] | None = None) -> list[Tensor]:
+    """Every tensor in nested containers; in dataclasses and namespaces, too, with a set for them."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
-        children = value.values()
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        children = value
-    elif isinstance(value, (type, nn.Module, torch.ScriptObject)) or id(value) in above:
+    if isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+        children = value.values() if isinstance(value, dict) else value
+    elif objects is None or id(value) in objects or isinstance(value, (type, nn.Module)):
         return []
     else:
+        objects.add(id(value))
         names = getattr(value, "__dict__", None) or getattr(value, "__dataclass_fields__", ())
         children = [getattr(value, name, None) for name in names]
-        above = (*above, id(value))
-    return [t for child in children for t in _tensors(child, above)]
+    return [t for child in children for t in _tensors(child, objects)]
 
 
 # ---------------------------------------------------------------- how it works
@@ -401,10 +395,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield layer, "weight" if tensor.ndim > 1 else "bias", tensor
 
 
-_ACTIVE = (
-    None  # known of a storage: computed from the model's input, or else from which stored ones
-)
-_CONSTANT: frozenset[str] = frozenset()
+# What is known of a storage: computed from the model's input, or from which stored tensors.
+_ACTIVE, _CONSTANT = None, frozenset()
 
 
 class _MacMode(TorchDispatchMode):
@@ -438,7 +430,7 @@ class _MacMode(TorchDispatchMode):
                     full = f"{prefix}.{name}".lstrip(".")
                     self.stored[full] = tensor
                     self.known[_storage(tensor)] = self.names(tensor) | {full}
-        for tensor in _tensors(inputs):
+        for tensor in _tensors(inputs, set()):
             self.known[_storage(tensor)] = _ACTIVE
         norms = {_layer(n) for n, m in model.named_modules() if isinstance(m, _NORMS)}
         for layer, key, tensor in stored_tensors(model):
@@ -456,14 +448,15 @@ class _MacMode(TorchDispatchMode):
 
         def enter(module, args, kwargs):
             # a recurrent layer with any active input or state runs as a whole
-            self.running.append((layer, recurrent and self.any_active(_tensors((args, kwargs)))))
+            given = _tensors((args, kwargs)) if recurrent else []
+            self.running.append((layer, self.any_active(given)))
 
         def leave(module, args, out):
             self.running.pop()
             if out is not None:  # it has not raised
                 self.ran.add(name)
                 if layer == _label(name):
-                    shapes = [t.shape for t in _tensors(out)] or [getattr(out, "shape", ())]
+                    shapes = [t.shape for t in _tensors(out, set())] or [getattr(out, "shape", ())]
                     self.rows[layer].output_shape = tuple(shapes[0])
 
         # first in and last out, so that the pre-hooks which compute a masked weight run inside
@@ -484,10 +477,9 @@ class _MacMode(TorchDispatchMode):
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         states = [self.known_of(t) for t in inputs]
         active, row = _ACTIVE in states, None
-        formula = _formula(func._overloadpacket)
-        product = formula and formula(args, out)
+        product = _product(func._overloadpacket, args, out)
         if product:
-            row = self.book(outputs, *product)
+            row = self.book(inputs, outputs, *product)
             active |= row is not None
         if active:
             self.seen_active = True
@@ -514,7 +506,7 @@ class _MacMode(TorchDispatchMode):
     def names(self, tensor: Tensor) -> frozenset[str]:
         return self.known_of(tensor) or _CONSTANT
 
-    def book(self, outputs, left, right, macs: int, packed=False) -> LayerCount | None:
+    def book(self, inputs: list, outputs: list, left: list, right: list, macs: int):
         """Put a product into its column and return its row; None if it folds into a constant."""
         running, whole = self.running[-1]
         left_active, right_active = self.any_active(left), self.any_active(right)
@@ -524,7 +516,8 @@ class _MacMode(TorchDispatchMode):
             row.bits = row.bits or left[0].element_size() * 8
             return row
         left_stored = not left_active and bool(self.names(left[0]))
-        right_stored = packed or not right_active and bool(self.names(right[0]))
+        is_packed = id(right[0]) not in map(id, inputs)
+        right_stored = is_packed or not right_active and bool(self.names(right[0]))
         if not (left_active or right_active or whole) and left_stored == right_stored:
             self.folded_macs += macs
             return None
@@ -564,7 +557,7 @@ class _MacMode(TorchDispatchMode):
     def check(self, func, args: tuple, stored: list[Tensor]) -> None:
         """Note an operation on activations that may multiply in a way that is not understood."""
         packet, name = func._overloadpacket, str(func._overloadpacket)
-        if _no_product(packet):
+        if _multiplies_nothing(packet):
             return
         where = f"{name} inside {self.running[-1][0]}"
         is_packed = any(isinstance(a, torch.ScriptObject) for a in args)
@@ -594,7 +587,7 @@ class _MacMode(TorchDispatchMode):
                     what = f"{full} {_shape(tensor.shape)} of {_label(prefix)}"
                     kind = type(module).__name__
                     self.uncounted[f"{what} ({kind}): no operation on it was seen"] = None
-        outputs = _tensors(out)
+        outputs = _tensors(out, set())
         if not (self.any_active(outputs) if outputs else self.seen_active):
             self.uncounted["the output depends on the input through no operation seen"] = None
 
@@ -671,11 +664,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from torchvision import models
 
-        if args.model not in models.list_models(module=models):
-            raise ValueError(f"unknown torchvision classification model {args.model!r}")
-        with warnings.catch_warnings(action="ignore"):  # two models announce other initial weights
-            model = models.get_model("resnet18" if args.smoke else args.model, weights=None)
-        report = count_macs(model, tuple(args.input_size))
+        name = "resnet18" if args.smoke else args.model
+        if name not in models.list_models(module=models):
+            raise ValueError(f"unknown torchvision classification model {name!r}")
+        with warnings.catch_warnings(action="ignore"):  # two announce other initial weights
+            report = count_macs(models.get_model(name, weights=None), tuple(args.input_size))
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:
         # also a size that the network cannot take, which torch reports in its own words
         print(f"mac_hooks.py: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -278,6 +278,21 @@ def test_transformer_encoder_layer_in_both_modes(training, norm_first):
     assert torch.backends.mha.get_fastpath_enabled() is fastpath is True
 
 
+# ---------------------------------------------------------------- captured networks
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_captured_network_counts_as_the_one_it_was_made_from(capture):
+    model, x = EdgeCNN().eval(), torch.zeros(1, 3, 32, 32)
+    if capture == "symbolic_trace":
+        captured = torch.fx.symbolic_trace(model)
+    else:
+        captured = torch.export.export(model, (x,)).module()
+    report, plain = count_macs(captured, example_inputs=x), count_macs(model, example_inputs=x)
+    assert (report.macs, report.nonzero_macs) == (plain.macs, plain.nonzero_macs)
+    assert (report.parameters, report.weights) == (plain.parameters, plain.weights)
+
+
 # ---------------------------------------------------------------- zeros and sharing
 
 
@@ -396,7 +411,9 @@ def test_share_of_the_nonzero_weights_is_exact():
     mode, weight = mac_hooks._MacMode(Tall(), (), None), Tall().w
     x = torch.ones(1)
     mode.known[x.untyped_storage()] = mac_hooks._ACTIVE
-    row = mode.book([torch.ones(1)], [x], [weight], 20)  # not a multiple of the 15 weights
+    row = mode.book(
+        [x, weight], [torch.ones(1)], [x], [weight], 20
+    )  # not a multiple of the 15 weights
     assert row.nonzero_macs == 20 * 4 // 15 == 5
 
 
