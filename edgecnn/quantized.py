@@ -134,8 +134,6 @@ def quantize(graph: Graph, tensors: dict, batches: Iterable, engine: str) -> tup
             activations[node.name] = activations[node.inputs[0]]
             continue
         own = activations[node.name]
-        if node.options.get("activation") == "relu6":  # then clamping at 255 is the ReLU6
-            own["scale"] = min(own["scale"], 6 / (HIGHEST - own["zero_point"]))
         if node.op in WEIGHTED:
             weight, bias = (tensors[f"{node.name}.{key}"].detach() for key in ("weight", "bias"))
             integers, weights[node.name] = quantized_weight(weight, node.op == "conv")
@@ -243,7 +241,10 @@ class Int8Network(nn.Module):
         values = {INPUT: self.quantize_image(x)}
         for node in self.nodes:
             module = self.get_submodule(node.name)
-            values[node.name] = module(*(values[name] for name in node.inputs))
+            value = module(*(values[name] for name in node.inputs))
+            if node.options.get("activation") == "relu6":  # torch fuses ReLU alone
+                value = torch.ops.quantized.relu6(value)
+            values[node.name] = value
         return values[self.nodes[-1].name]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
