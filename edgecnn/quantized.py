@@ -20,8 +20,7 @@ from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
-# The largest requantized value that an output scale may allow: half of what integer.py takes.
-LARGEST_REQUANTIZED = 2.0**21
+ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 
 # torch.ao.quantization works in the pinned torch and says at every call that it will move to torchao.
 warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
@@ -34,6 +33,11 @@ def set_engine(engine: str) -> None:
     if engine not in supported:
         raise UserError(f"this torch has no engine {engine}; it has {', '.join(supported)}")
     torch.backends.quantized.engine = engine
+
+
+def relu6_high(scale: float, zero_point: int) -> int:
+    """The largest q that ReLU6 leaves."""
+    return min(HIGHEST, zero_point + round(6 / scale))
 
 
 # ---- calibrating -------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ def least_scale(integers, scales: list[float], bias, input_scale: float) -> floa
     """
     sums = HIGHEST * integers.flatten(1).double().abs().sum(1)  # (O,)
     largest = sums * input_scale * torch.tensor(scales, dtype=torch.float64) + bias.double().abs()
-    return largest.max().item() / LARGEST_REQUANTIZED
+    return largest.max().item() / (ROUNDING_LIMIT / 2)
 
 
 @torch.no_grad()
@@ -142,7 +146,7 @@ def quantize(graph: Graph, tensors: dict, batches: Iterable, engine: str) -> tup
             least = least_scale(integers, weights[node.name], bias, input_scale)
         else:
             least = sum(activations[name]["scale"] for name in node.inputs) * HIGHEST
-            least /= LARGEST_REQUANTIZED
+            least /= ROUNDING_LIMIT / 2
         own["scale"] = max(own["scale"], least)
     order = [INPUT, *(node.name for node in graph.nodes)]
     activations = {name: dict(activations[name]) for name in order}
@@ -162,6 +166,18 @@ class Add(nn.Module):
 
     def forward(self, a, b):
         return self.add(a, b, self.scale, self.zero_point)
+
+
+def relu6(x: torch.Tensor) -> torch.Tensor:
+    """ReLU6 of quint8; torch's QNNPACK kernel for it mixes up the values of a channels-last map."""
+    return torch.ops.quantized.relu6(x.contiguous())
+
+
+class ReLU6(nn.Module):
+    """A ReLU6 that is no part of another node."""
+
+    def forward(self, x):
+        return relu6(x)
 
 
 def packed_weight(values: torch.Tensor, scales: list[float]) -> torch.Tensor:
@@ -210,42 +226,47 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
         case "relu":
             return nn.ReLU()
         case "relu6":
-            return nnq.ReLU6()
+            return ReLU6()
         case "flatten":
             return nn.Flatten()
     raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
 
 
+def place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` the submodule of a dotted name, whatever names nn.Module itself uses."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        root = root._modules.setdefault(parent, nn.Module())
+    module._modules |= root._modules[last]._modules if last in root._modules else {}
+    root._modules[last] = module
+
+
 class Int8Network(nn.Module):
     """A quantized graph on torch's kernels: normalized (N, C, H, W) floats -> (N, classes) floats.
 
-    The modules bear the nodes' names.
+    The submodules are the nodes', under their names.
     """
 
     def __init__(self, graph: Graph, tensors: dict, quantization: dict):
         super().__init__()
-        self.nodes = graph.nodes
         image = quantization["activations"][INPUT]
-        self.quantize_image = nnq.Quantize(image["scale"], image["zero_point"], torch.quint8)
-        for node in graph.nodes:
-            *parents, last = node.name.split(".")
-            at = self
-            for parent in parents:
-                if parent not in at._modules:
-                    at.add_module(parent, nn.Module())
-                at = at._modules[parent]
-            at.add_module(last, node_module(node, tensors, quantization))
+        self.image_scale, self.image_zero_point = image["scale"], image["zero_point"]
+        modules = [node_module(node, tensors, quantization) for node in graph.nodes]
+        self.steps = list(zip(graph.nodes, modules, strict=True))
+        for node, module in self.steps:
+            place(self, node.name, module)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """The quint8 logits (N, classes)."""
-        values = {INPUT: self.quantize_image(x)}
-        for node in self.nodes:
-            module = self.get_submodule(node.name)
+        image = self.image_scale, self.image_zero_point, torch.quint8
+        values = {INPUT: torch.quantize_per_tensor(x, *image)}
+        for node, module in self.steps:
             value = module(*(values[name] for name in node.inputs))
             if node.options.get("activation") == "relu6":  # torch fuses ReLU alone
-                value = torch.ops.quantized.relu6(value)
+                at_end = relu6_high(value.q_scale(), value.q_zero_point()) == HIGHEST
+                value = value if at_end else relu6(value)
             values[node.name] = value
-        return values[self.nodes[-1].name]
+        return value
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quantized(x).dequantize()

@@ -13,10 +13,8 @@ from torch.nn import functional as F
 
 from edgecnn.files import UserError
 from edgecnn.graph import INPUT, WEIGHTED, Graph, GraphError, Node, from_plain, shapes_of
+from edgecnn.quantized import HIGHEST, ROUNDING_LIMIT, SIGNED_OFFSET, relu6_high
 
-SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
-HIGHEST = 255
-ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 SUM_LIMIT = 2**29  # of an int32 accumulator
 BATCH = 100  # images whose every value is held at once
 
@@ -53,11 +51,6 @@ def fbgemm_constants(scales, input_scale: float, output_scale: float, bias: np.n
     scales = np.float32(input_scale) * np.array(scales, np.float32)
     bias = bias / scales if len(scales) > 1 else bias * (np.float32(1) / scales)
     return np.broadcast_to(scales / np.float32(output_scale), bias.shape), bias
-
-
-def relu6_high(scale: float, zero_point: int) -> int:
-    """The largest q that ReLU6 leaves."""
-    return min(HIGHEST, zero_point + round(6 / scale))
 
 
 def flat_maps(graph: Graph) -> dict[str, tuple[int, int, int]]:

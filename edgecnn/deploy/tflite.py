@@ -13,9 +13,10 @@ import tempfile
 
 import numpy as np
 
-from edgecnn.deploy.integer import SIGNED_OFFSET, flat_maps, hwc_columns
+from edgecnn.deploy.integer import flat_maps, hwc_columns
 from edgecnn.files import UserError
 from edgecnn.graph import INPUT, Graph, GraphError, Node, from_plain, shapes_of
+from edgecnn.quantized import SIGNED_OFFSET
 
 SCHEMA_VERSION, IDENTIFIER = 3, b"TFL3"
 BUFFER_ALIGNMENT = 16  # bytes; the schema's force_align, which its Python writer leaves out
