@@ -73,12 +73,11 @@ def float_value(node: Node, inputs: list[torch.Tensor], tensors: dict) -> torch.
 def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool) -> dict:
     """{name: {scale, zero_point}} of the image and of all that is requantized, by histograms.
 
-    batches: float32 (N, C, H, W), normalized.
+    batches: float32 (N, C, H, W), normalized. reduce_range: leave the eighth bit unused.
     """
     names = [INPUT, *(node.name for node in graph.nodes if node.op in ACTIVATED)]
-    observers = {
-        name: tq.HistogramObserver(dtype=torch.quint8, reduce_range=reduce_range) for name in names
-    }
+    highest = HIGHEST // 2 if reduce_range else HIGHEST
+    observers = {name: tq.HistogramObserver(quant_min=0, quant_max=highest) for name in names}
     last_use = {name: node.name for node in graph.nodes for name in node.inputs}
     for batch in batches:
         values = {INPUT: observers[INPUT](batch)}
@@ -241,6 +240,15 @@ def place(root: nn.Module, name: str, module: nn.Module) -> None:
     root._modules[last] = module
 
 
+def ran(node: Node, module: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """What a node's module gives; of an activation that is part of it torch fuses ReLU alone."""
+    value = module(*inputs)
+    if node.options.get("activation") != "relu6":
+        return value
+    at_end = relu6_high(value.q_scale(), value.q_zero_point()) == HIGHEST
+    return value if at_end else relu6(value)
+
+
 class Int8Network(nn.Module):
     """A quantized graph on torch's kernels: normalized (N, C, H, W) floats -> (N, classes) floats.
 
@@ -261,12 +269,8 @@ class Int8Network(nn.Module):
         image = self.image_scale, self.image_zero_point, torch.quint8
         values = {INPUT: torch.quantize_per_tensor(x, *image)}
         for node, module in self.steps:
-            value = module(*(values[name] for name in node.inputs))
-            if node.options.get("activation") == "relu6":  # torch fuses ReLU alone
-                at_end = relu6_high(value.q_scale(), value.q_zero_point()) == HIGHEST
-                value = value if at_end else relu6(value)
-            values[node.name] = value
-        return value
+            values[node.name] = ran(node, module, [values[name] for name in node.inputs])
+        return values[self.steps[-1][0].name]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quantized(x).dequantize()
@@ -309,3 +313,17 @@ def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
 def integer_logits(model: Int8Network, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
     """int8 (N, classes) logits for normalized float images (N, C, H, W)."""
     return torch.cat([signed(model.quantized(part).flatten(1)) for part in images.split(batch)])
+
+
+def with_zeros(checkpoint: dict, share: float) -> dict:
+    """A copy whose smallest |weights| are zero, the same share in every layer; not fine-tuned.
+
+    Such a network predicts badly: it is for the cost of zeros, never for an accuracy.
+    """
+    tensors = dict(checkpoint["tensors"])
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            count = round(share * tensor.numel())
+            smallest = tensor.flatten().to(torch.int16).abs().argsort(stable=True)[:count]
+            tensors[name] = tensor.flatten().index_fill(0, smallest, 0).view(tensor.shape)
+    return {**checkpoint, "tensors": tensors}
