@@ -22,8 +22,7 @@ SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same 
 HIGHEST = 255
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 
-# torch.ao.quantization works in the pinned torch and says at every call that it will move to torchao.
-warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
+# Quantized tensors work in the pinned torch, which says that they will go.
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
 
 
