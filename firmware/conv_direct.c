@@ -5,44 +5,46 @@
 #include "multiply.h"
 #include "requantize.h"
 
-/* count bytes, four at a time; up to three bytes more are written. */
-static inline void copy_bytes(uint8_t *to, const uint8_t *from, int count, uint32_t flip)
-{
-    for (int i = 0; i < count; i += 4) store_word(to + i, load_word(from + i) ^ flip);
-}
+#define MOST_GROUPS 8  /* of four positions in scratch at once: the largest layer->block */
 
 static inline void fill_bytes(uint8_t *to, uint32_t word, int count)
 {
-    for (int i = 0; i < count; i += 4) store_word(to + i, word);
+    for (int i = 0; i < count; i++) to[i] = (uint8_t)word;
 }
 
-/* The kernel_height * kernel_width * inputs bytes under output (y, x): at `to`, or where they are. */
-static const uint8_t *patch(const conv_t *layer, const uint8_t *in, int y, int x, uint8_t *to)
+/* One row of a patch that may reach over the map's sides, or to its very end. */
+static __attribute__((noinline)) void copy_edge(const conv_t *layer, const uint8_t *row, int left,
+                                                uint8_t *to)
 {
-    int c_count = layer->inputs, row = layer->width * c_count;
-    int top = y * layer->stride_y - layer->pad_y, left = x * layer->stride_x - layer->pad_x;
-    int run = layer->kernel_width * c_count;
-    if (run % 4 == 0 && layer->kernel_height == 1 && !layer->flip && top >= 0 &&
-        top < layer->height && left >= 0 && left + layer->kernel_width <= layer->width)
-        return in + top * row + left * c_count;
-    int before = larger(-left, 0) * c_count;
-    int after = larger(left + layer->kernel_width - layer->width, 0) * c_count;
-    before = smaller(before, run), after = smaller(after, run - before);
-    const uint8_t *from = in + top * row + (left * c_count + before);
-    uint8_t *at = to;
-    for (int y_in = top; y_in < top + layer->kernel_height; y_in++, at += run, from += row) {
-        if (y_in < 0 || y_in >= layer->height) {
-            fill_bytes(at, layer->zero, run);
-            continue;
+    int c_count = layer->inputs, run = layer->kernel_width * c_count;
+    int first = smaller(larger(-left, 0) * c_count, run);
+    int last = larger(smaller(layer->width - left, layer->kernel_width) * c_count, first);
+    fill_bytes(to, layer->zero, first);
+    for (int i = first; i < last; i++) to[i] = row[left * c_count + i] ^ (uint8_t)layer->flip;
+    fill_bytes(to + last, layer->zero, run - last);
+}
+
+/* The kernel_height * kernel_width * inputs bytes from (top, left) on, to `to`; behind them up to three
+ * bytes more are written. `end` is that of the map. */
+static void copy_patch(const conv_t *layer, const uint8_t *in, const uint8_t *end, int top, int left,
+                       uint8_t *to)
+{
+    int c_count = layer->inputs, line = layer->width * c_count, height = layer->height;
+    int run = layer->kernel_width * c_count, words = CEIL_DIV(run, 4);
+    int across = left >= 0 && left + layer->kernel_width <= layer->width;
+    uint32_t flip = layer->flip, zero = layer->zero;
+    const uint8_t *row = in + top * line;
+    for (int y = top; y < top + layer->kernel_height; y++, row += line, to += run) {
+        uint8_t *at = to, *last = to + 4 * words;
+        if (y < 0 || y >= height) {
+            for (; at != last; at += 4) store_word(at, zero);
+        } else if (across && row + left * c_count + 4 * words <= end) {
+            const uint8_t *from = row + left * c_count;
+            for (; at != last; at += 4, from += 4) store_word(at, load_word(from) ^ flip);
+        } else {
+            copy_edge(layer, row, left, to);
         }
-        if (before) fill_bytes(at, layer->zero, before);
-        int inside = run - before - after;
-        copy_bytes(at + before, from, inside & ~3, layer->flip);
-        for (int i = inside & ~3; i < inside; i++)  /* in two, not to read behind the map's end */
-            at[before + i] = from[i] ^ (uint8_t)layer->flip;
-        if (after) fill_bytes(at + before + inside, layer->zero, after);
     }
-    return to;
 }
 
 /* columns[2 * words][4] of the values of four positions. */
@@ -68,26 +70,30 @@ static void expand_rows(const int8_t *first, const int8_t *second, int words, pa
     }
 }
 
-/* Writes the outputs o (and o + 1 where `both`) of the positions from `at` on. */
-static inline __attribute__((always_inline)) void put(const conv_t *layer, scale_t scale,
-                                                      const int32_t *sums, int count,
-                                                      const uint8_t *residual, uint8_t *out)
+/* Writes one output channel of groups of four positions, or of windows that they are. */
+static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, int units,
+                       const uint8_t *residual, uint8_t *out)
 {
-    int outputs = layer->outputs;
+    int step = layer->outputs;
     if (layer->pool) {
-        *out = (uint8_t)requantize(scale, larger(larger(sums[0], sums[1]),
-                                                 larger(sums[2], sums[3])));
+        for (; units; units--, sums += 8, out += step)
+            *out = (uint8_t)requantize(scale, larger(larger(sums[0], sums[1]),
+                                                     larger(sums[2], sums[3])));
         return;
     }
-    for (int i = 0; i < 4; i++, out += outputs) {
-        if (i >= count) return;
-        int32_t value = requantize(scale, sums[i]);
-        if (residual) {
-            value = add_bytes(layer->add, value, *residual);
-            residual += outputs;
-        }
-        *out = (uint8_t)value;
+    if (residual) {
+        const add_t add = *layer->add;
+        for (int i = 0; i < units; i++, out += step, residual += step)
+            *out = (uint8_t)add_bytes(&add, requantize(scale, sums[i / 4 * 8 + i % 4]), *residual);
+        return;
     }
+    for (; units >= 4; units -= 4, sums += 8) {
+        *out = (uint8_t)requantize(scale, sums[0]), out += step;
+        *out = (uint8_t)requantize(scale, sums[1]), out += step;
+        *out = (uint8_t)requantize(scale, sums[2]), out += step;
+        *out = (uint8_t)requantize(scale, sums[3]), out += step;
+    }
+    for (; units; units--, out += step) *out = (uint8_t)requantize(scale, *sums++);
 }
 
 void conv_direct(const conv_t *layer, const uint8_t *in, const uint8_t *residual, uint8_t *out,
@@ -96,39 +102,53 @@ void conv_direct(const conv_t *layer, const uint8_t *in, const uint8_t *residual
     int outputs = layer->outputs, pool = layer->pool, width = layer->out_width >> pool;
     int words = CEIL_DIV(layer->kernel_height * layer->kernel_width * layer->inputs, 4);
     int units = (layer->out_height >> pool) * width;  /* positions, or windows of four */
-    int a_group = pool ? 1 : 4, groups = CEIL_DIV(units, a_group);
+    int block = pool ? layer->block : 4 * layer->block;
+    const uint8_t *end = in + layer->height * layer->width * layer->inputs;
+    /* Where a position's values stand side by side already, they need no copy. */
+    int in_line = layer->kernel_height == 1 && layer->kernel_width == 1 && !layer->flip &&
+                  layer->inputs % 4 == 0 && layer->pad_y == 0 && layer->pad_x == 0;
     pair_t *columns = scratch, *rows = columns + layer->block * words * 8;
     uint8_t *patches = (uint8_t *)(rows + 4 * words);
-    for (int first = 0; first < groups; first += layer->block) {
-        int last = smaller(first + layer->block, groups);
-        for (int group = first; group < last; group++) {
+    int y = 0, x = 0;  /* of the next unit */
+    for (int first = 0; first < units; first += block) {
+        int count = smaller(units - first, block), groups = pool ? count : CEIL_DIV(count, 4);
+        for (int group = 0; group < groups; group++) {
             const uint8_t *from[4];
             for (int i = 0; i < 4; i++) {
-                int unit = smaller(a_group * group + (pool ? 0 : i), units - 1);
-                int y = unit / width, x = unit - y * width;
-                if (pool) y = 2 * y + i / 2, x = 2 * x + i % 2;
-                from[i] = patch(layer, in, y, x, patches + i * (4 * words + 4));
+                int top = y << pool, left = x << pool;
+                if (pool) top += i >> 1, left += i & 1;
+                top = top * layer->stride_y - layer->pad_y;
+                left = left * layer->stride_x - layer->pad_x;
+                if (in_line) {
+                    from[i] = in + (top * layer->width + left) * layer->inputs;
+                } else {
+                    from[i] = patches + i * (4 * words + 4);
+                    copy_patch(layer, in, end, top, left, patches + i * (4 * words + 4));
+                }
+                if (pool && i < 3) continue;
+                /* Behind the last unit it stands again. */
+                if (x + 1 < width) x++;
+                else if (y + 1 < layer->out_height >> pool) x = 0, y++;
             }
-            expand_columns(from, words, columns + (group - first) * words * 8);
+            expand_columns(from, words, columns + group * words * 8);
         }
         for (int o = 0; o < outputs; o += 2) {
-            int second = smaller(o + 1, outputs - 1);
-            expand_rows(layer->weights + o * 4 * words, layer->weights + second * 4 * words, words,
+            int next = smaller(o + 1, outputs - 1);
+            expand_rows(layer->weights + o * 4 * words, layer->weights + next * 4 * words, words,
                         rows);
-            scale_t scale = scale_of(&layer->requantize, o);
-            scale_t next = scale_of(&layer->requantize, second);
-            int32_t start = offset_of(&layer->requantize, o);
-            int32_t next_start = offset_of(&layer->requantize, second);
-            for (int group = first; group < last; group++) {
-                int32_t s[8];
-                multiply_2x4(rows, columns + (group - first) * words * 8, 2 * words, start,
-                             next_start, s);
-                int unit = a_group * group, count = units - unit;
-                int at = unit * outputs + o;
-                put(layer, scale, s, count, residual ? residual + at : NULL, out + at);
-                if (second == o) continue;
-                put(layer, next, s + 4, count, residual ? residual + at + 1 : NULL, out + at + 1);
+            int32_t sums[MOST_GROUPS * 8], starts[8];
+            for (int i = 0; i < 4; i++) {
+                starts[i] = offset_of(&layer->requantize, o);
+                starts[4 + i] = offset_of(&layer->requantize, next);
             }
+            products_t products = {starts, 16 * words, 0, sums, -16 * words, 0, groups};
+            multiply_2x4(rows, columns, &products);
+            int at = first * outputs + o;
+            put(layer, scale_of(&layer->requantize, o), sums, count,
+                residual ? residual + at : NULL, out + at);
+            if (next == o) break;
+            put(layer, scale_of(&layer->requantize, next), sums + 4, count,
+                residual ? residual + at + 1 : NULL, out + at + 1);
         }
     }
 }

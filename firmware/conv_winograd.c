@@ -5,6 +5,8 @@
 #include "multiply.h"
 #include "requantize.h"
 
+static const int32_t ZEROS[8];
+
 /* B^T d B of one 4x4 tile of channel pairs, element (i, j) to to[(4 * i + j) * step]. */
 static inline void transform_tile(const pair_t *d, pair_t *to, int step)
 {
@@ -119,10 +121,11 @@ static inline void put(const conv_t *layer, scale_t scale, const int32_t *m, int
     }
     for (int i = 0; i < 4; i++) values[i] = requantize(scale, values[i] >> 2);
     if (residual) {
-        values[0] = add_bytes(layer->add, values[0], residual[0]);
-        if (right) values[1] = add_bytes(layer->add, values[1], residual[step]);
-        if (below) values[2] = add_bytes(layer->add, values[2], residual[row]);
-        if (right && below) values[3] = add_bytes(layer->add, values[3], residual[row + step]);
+        const add_t add = *layer->add;
+        values[0] = add_bytes(&add, values[0], residual[0]);
+        if (right) values[1] = add_bytes(&add, values[1], residual[step]);
+        if (below) values[2] = add_bytes(&add, values[2], residual[row]);
+        if (right && below) values[3] = add_bytes(&add, values[3], residual[row + step]);
     }
     out[0] = (uint8_t)values[0];
     if (right) out[step] = (uint8_t)values[1];
@@ -152,10 +155,9 @@ void conv_winograd(const conv_t *layer, const uint8_t *in, const uint8_t *residu
             int32_t next_start = 4 * offset_of(&layer->requantize, o + 1);
             for (int tile = 0; tile < count; tile += 4) {
                 int32_t sums[16 * 8];  /* [16][2 outputs][4 tiles] */
-                for (int i = 0; i < 16; i++)
-                    multiply_2x4(filters + i * c_count,
-                                 tiles + (i * quads + tile / 4) * (c_count / 2) * 4, c_count / 2,
-                                 i == 5 ? start : 0, i == 5 ? next_start : 0, sums + 8 * i);
+                products_t products = {ZEROS, 4 * c_count, 0, sums, 0, 8 * c_count * (quads - 1), 16};
+                multiply_2x4(filters, tiles + tile / 4 * (c_count / 2) * 4, &products);
+                for (int i = 0; i < 4; i++) sums[8 * 5 + i] += start, sums[8 * 5 + 4 + i] += next_start;
                 for (int lane = 0; lane < 4 && tile + lane < count; lane++) {
                     int at = first + tile + lane, right = 1, below = 1;
                     if (!pool) {
