@@ -34,7 +34,8 @@ typedef struct {
     int out_height, out_width, outputs;    /* of the convolution */
     int kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
     int pool;               /* 1: the largest of each 2x2 outputs, which then are a quarter as many */
-    int block;              /* dense: groups of four positions, or tiles, in scratch at once */
+    int block;              /* what stands in scratch at once: groups of four positions (direct), of four
+                               tiles (Winograd), channels (depthwise: 1, or 4 of as many filters) */
     uint32_t flip;          /* 0x80808080 where `in` is the image, signed int8 = q - 128 */
     uint32_t zero;          /* the input's zero point, in each of four bytes */
     const int8_t *weights;  /* dense: order by kernel, below */

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 typedef uint32_t pair_t;                                             /* low lane, high lane */
+typedef int16_t __attribute__((may_alias)) halfword_t;               /* one lane */
 typedef uint64_t __attribute__((may_alias)) two_pairs_t;             /* one LDRD */
 typedef uint32_t __attribute__((may_alias, aligned(1))) unaligned_t; /* one LDR at any address */
 
@@ -64,7 +65,7 @@ static inline int32_t saturate_byte(int32_t n) { return (int32_t)__usat(n, 8); }
 /* gcc makes no LDRD of two words that are aligned to 4 bytes only. */
 #define LOAD_TWO(first, second, address, words) \
     __asm__("ldrd %0, %1, [%2, %3]" : "=&r"(first), "=r"(second) \
-            : "r"(address), "i"(4 * (words)), "m"(*(const pair_t(*)[8])(address)))
+            : "r"(address), "i"(4 * (words)), "m"(*(const pair_t(*)[2])((address) + (words))))
 #else
 static inline int32_t low_of(pair_t a) { return (int16_t)a; }
 static inline int32_t high_of(pair_t a) { return (int16_t)(a >> 16); }

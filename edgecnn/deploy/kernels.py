@@ -20,6 +20,7 @@ WORD = 4
 GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # Scratch that a direct convolution may fill with positions; more would save little of reading weights.
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
+DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
 
 
@@ -264,20 +265,21 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
 
 
 def conv_depthwise(g: Geometry, weight: np.ndarray) -> Stored:
-    width = (g.width + 2 * g.pad_x + 1) & ~1
-    plane = width * (g.height + 2 * g.pad_y)
+    words = ceil_div(g.width + 2 * g.pad_x, 2) * (g.height + 2 * g.pad_y)
+    four = g.inputs == g.outputs and g.inputs % 4 == 0 and 16 * words <= DEPTHWISE_BYTES
     fast = g.kernel_height == g.kernel_width == 3 and g.stride_x <= 2
     features = {
         "channel": g.outputs,
-        "plane_value": g.inputs * plane,
+        "plane_word_of_4" if four else "plane_word": g.inputs * words,
         "row": g.outputs * g.out_height,
         ("fast_stride_1", "fast_stride_2")[g.stride_x - 1] if fast else "position": g.leaving,
     }
     if not fast:
         features |= {"tap_row": g.leaving * g.kernel_height, "tap": g.leaving * g.taps}
     same = (g.out_height, g.out_width, g.outputs) == (g.height, g.width, g.inputs)
-    arrays = {"weights": weight.reshape(g.outputs, -1)}
-    return Stored("conv_depthwise", {}, arrays, 2 * plane, same, features, 1)
+    block, arrays = 4 if four else 1, {"weights": weight.reshape(g.outputs, -1)}
+    members, scratch = {"block": block}, 4 * block * words
+    return Stored("conv_depthwise", members, arrays, scratch, same, features, 1)
 
 
 def conv_choices(g: Geometry, weight: np.ndarray, groups: int, image: bool) -> list[Stored]:
