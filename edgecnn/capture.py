@@ -7,10 +7,13 @@ ends in one line that names the user's module and the operation.
 
 import contextlib
 import io
+import itertools
 import logging
 import math
+import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ from edgecnn.graph import (
     to_plain,
 )
 from edgecnn.module import module_of
+from edgecnn.networks import user_line
 
 SUPPORTED = (
     "supported are Conv2d (zero padding, no dilation, groups 1 or depthwise), BatchNorm right after "
@@ -60,8 +64,9 @@ def capture(module: nn.Module, input_shape: Shape) -> tuple[Graph, dict[str, tor
         graph = from_plain(to_plain(build.finish()))
         names = tensor_shapes(graph)
         unused = [name for name, _ in module.named_parameters() if name not in names]
-        require(not unused, f"{', '.join(unused[:3])} takes no part in the network; remove it")
-        tensors = {name: module.state_dict()[name].detach().clone() for name in names}
+        require(not unused, f"it never uses {', '.join(unused[:3])}; remove the module")
+        state = module.state_dict()
+        tensors = {name: state[name].clone() for name in names}
         rebuilt = module_of(graph, tensors).eval()
     except GraphError as error:
         raise UserError(f"this network cannot be deployed: {error}; {SUPPORTED}") from None
@@ -121,14 +126,15 @@ def traced(module: nn.Module, example: torch.Tensor):
 
 
 def blame(error: Exception, module: nn.Module) -> str:
-    """An error's first line, with the innermost module of the network that was running."""
+    """An error's first line, with the innermost module that was running and the user's line."""
     names, running = {id(m): name for name, m in module.named_modules()}, ""
     trace = error.__traceback__
     while trace is not None:
         running = names.get(id(trace.tb_frame.f_locals.get("self")), running)
         trace = trace.tb_next
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{describe_module(module, running)}: {line[:300]}"
+    place = user_line(error)
+    return f"{describe_module(module, running)}: {line[:300]}{place and f' ({place})'}"
 
 
 def describe_module(module: nn.Module, path: str) -> str:
@@ -154,6 +160,12 @@ def quiet():
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def line_of(node: fx.Node) -> str:
+    """`, nets.py line 12`: where the user's code calls what is traced, or ""."""
+    found = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f", {Path(found[-1][0]).name} line {found[-1][1]}" if found else ""
 
 
 def operation(node: fx.Node) -> str:
@@ -229,13 +241,14 @@ class Builder:
         self.path = path.partition("@")[0]  # "@1" marks a second call
         name = operation(node)
         try:
-            require(name in CAPTURED, f"{name} is not supported")
+            require(name in CAPTURED, f"it runs {name}, which is not supported")
             value = CAPTURED[name](self, node, arguments(node))
             traced_shape = tuple(node.meta["val"].shape)
             require(traced_shape == (BATCH, *value.shape), f"{name} gives {traced_shape[1:]}")
         except GraphError as error:
             where = describe_module(self.module, self.path)
-            raise UserError(f"{where}: {error}; {SUPPORTED}") from None
+            place = "" if "=" in where else line_of(node)
+            raise UserError(f"{where}{place}: {error}; {SUPPORTED}") from None
         if is_in_place(node):  # all views of what it overwrites see the result
             memory = self.values[node.args[0]].memory
             memory.node = value.memory.node
@@ -284,8 +297,8 @@ class Builder:
             path = self.path if path is None else path
             leaf = path and is_plain(self.module.get_submodule(path))
             base = path if leaf else f"{path}.{op}".lstrip(".")
-            names = (base, *(f"{base}_{count}" for count in range(2, 10**6)))
-            name = next(n for n in names if n not in self.taken)
+            others = (f"{base}_{count}" for count in itertools.count(2))
+            name = next(n for n in itertools.chain([base], others) if n not in self.taken)
         require(name != INPUT, f"a layer must not be called {INPUT}; rename it")
         require(name not in self.shapes, f"{name} is used more than once; give each use its own")
         self.taken.add(name)

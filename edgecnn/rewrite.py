@@ -38,7 +38,7 @@ def pool_before_relu(graph: Graph) -> Graph:
 
     Exact because both are monotone; the gradients are the same too.
     """
-    for relu in graph.nodes:
+    for relu in reversed(graph.nodes):
         readers = graph.users(relu.name)
         while relu.op in RELUS and [node.op for node in readers] == ["max_pool"]:
             (pool,) = readers
@@ -77,15 +77,17 @@ def deployed_graph(graph: Graph) -> Graph:
             )
         if node.op in ("batch_norm", "dropout"):
             graph = without(graph, graph[node.name])
-    biased, plain = {"bias": 1}, {"activation": "none"}
-    for node in graph.nodes:
-        options = (plain if node.op in ACTIVATED else {}) | node.options
-        options |= biased if node.op in WEIGHTED else {}
-        graph = with_nodes(graph, {node.name: replace(node, options=options)}, {})
+    graph = replace(graph, nodes=tuple(map(with_bias_and_activation, graph.nodes)))
     for node in graph.nodes:
         if node.op in RELUS:
             graph = fuse_relu(graph, graph[node.name])
     return graph
+
+
+def with_bias_and_activation(node: Node) -> Node:
+    """The same node with all the options of a deployed one."""
+    options = ({"activation": "none"} if node.op in ACTIVATED else {}) | node.options
+    return replace(node, options=options | ({"bias": 1} if node.op in WEIGHTED else {}))
 
 
 def fuse_relu(graph: Graph, relu: Node) -> Graph:
