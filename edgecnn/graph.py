@@ -6,13 +6,14 @@ the order in which they run, the last one gives the logits, and `input` names th
   operation     options                                      tensors
   conv          outputs kernel stride padding groups bias    weight (O, I / groups, kh, kw), bias (O,)
   linear        outputs bias                                 weight (O, I), bias (O,)
-  batch_norm    eps                                          weight bias running_mean running_var (C,)
+  batch_norm    eps momentum                                 weight bias running_mean running_var (C,)
   max_pool      kernel stride padding
   avg_pool      kernel stride
   dropout       share
   relu, relu6, add, flatten, global_avg_pool
 
-Pairs are [rows, columns]. `conv`, `linear` and `add` take an `activation` too, none, relu or relu6:
+Pairs are (rows, columns). A batch norm follows a conv or a linear that nothing else reads, so that it
+can be folded into it. `conv`, `linear` and `add` take an `activation` too, none, relu or relu6:
 that of the deployed network, where batch norm is folded and dropout gone (edgecnn/rewrite.py).
 """
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 INPUT = "input"
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # torch.nn.Sequential names by number
 NAME_LENGTH = 200
 ACTIVATIONS = ("none", "relu", "relu6")
 # Bounds of what a file may ask for, far above any microcontroller: nodes, values of one tensor.
@@ -55,7 +56,7 @@ class Graph:
 
     def __getitem__(self, name: str) -> Node:
         """The node of that name; raises KeyError."""
-        return next(node for node in self.nodes if node.name == name) if name != INPUT else INPUT
+        return {node.name: node for node in self.nodes}[name]
 
     @property
     def output(self) -> str:
@@ -161,7 +162,9 @@ OPERATIONS = {
         conv_tensors,
     ),
     "linear": Operation(linear_shape, {"outputs": "count", "bias": "flag"}, linear_tensors),
-    "batch_norm": Operation(same_shape, {"eps": "positive"}, batch_norm_tensors),
+    "batch_norm": Operation(
+        same_shape, {"eps": "positive", "momentum": "positive"}, batch_norm_tensors
+    ),
     "relu": Operation(same_shape),
     "relu6": Operation(same_shape),
     "max_pool": Operation(pool_shape, {**WINDOW, "padding": "padding"}),
@@ -196,6 +199,7 @@ def require(holds: bool, problem: str) -> None:
 def shapes_of(graph: Graph) -> dict[str, Shape]:
     """{node name: shape of its output for one image}, `input` included; raises GraphError."""
     shapes: dict[str, Shape] = {INPUT: tuple(graph.input_shape)}
+    require(math.prod(graph.input_shape) <= MAX_VALUES, "the image is too large")
     for node in graph.nodes:
         try:
             shape = OPERATIONS[node.op].shape([shapes[name] for name in node.inputs], node.options)
@@ -259,8 +263,21 @@ def from_plain(plain) -> Graph:
     graph = Graph(tuple(shape), tuple(checked))
     unread = known - {INPUT, graph.output} - {n for node in checked for n in node.inputs}
     require(not unread, f"nothing reads {', '.join(sorted(unread))}")
+    for node in checked:
+        require(
+            node.op != "batch_norm" or is_foldable(graph, node),
+            f"{node.name} (batch_norm): does not follow a conv or a linear that nothing else reads",
+        )
     tensor_shapes(graph)
+    shape = shapes_of(graph)[graph.output]
+    require(len(shape) == 1, f"{graph.output} gives {shape}, not one number a class")
     return graph
+
+
+def is_foldable(graph: Graph, norm: Node) -> bool:
+    """Whether a batch norm follows a conv or a linear that nothing else reads."""
+    (source,) = norm.inputs
+    return source != INPUT and graph[source].op in WEIGHTED and len(graph.users(source)) == 1
 
 
 def checked_node(node, known: set[str]) -> Node:
@@ -289,4 +306,9 @@ def checked_node(node, known: set[str]) -> Node:
     )
     for key, value in given.items():
         require(bool(KINDS[kinds[key]](value)), f"{name} ({op}): {key} is not a {kinds[key]}")
-    return Node(name, op, tuple(inputs), {k: v for k, v in given.items()})
+    return Node(
+        name,
+        op,
+        tuple(inputs),
+        {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()},
+    )

@@ -9,6 +9,7 @@ Only training imports this module: from then on a network is data (edgecnn/graph
 """
 
 import contextlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -205,21 +206,26 @@ def execute(path: Path):
     return module
 
 
+def user_line(error: BaseException) -> str:
+    """`nets.py line 12`: the innermost line of an error that is neither torch's nor ours, or ""."""
+    if isinstance(error, SyntaxError):  # which has a place of its own
+        return f"{Path(error.filename or '').name} line {error.lineno}"
+    libraries = ("<", str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(libraries):
+            return f"{Path(frame.filename).name} line {frame.lineno}"
+    return ""
+
+
 @contextlib.contextmanager
 def user_code(what: str):
     """Turn whatever the user's code raises into one line that names the error and its line."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        library = ("<", str(Path(torch.__file__).parent))  # the last line that is not torch's own
-        place = next(f for f in reversed(frames) if not f.filename.startswith(library))
-        file, line = place.filename, place.lineno
-        if isinstance(error, SyntaxError):  # which has a place of its own
-            file, line = error.filename or file, error.lineno
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"{Path(file).name} line {line}"
-        raise UserError(f"{what} failed with {message[:300]} ({where})") from None
+        where = user_line(error)
+        raise UserError(f"{what} failed with {message[:300]}{where and f' ({where})'}") from None
 
 
 # ---- weights that someone has trained ------------------------------------------------------------

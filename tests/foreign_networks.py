@@ -1,11 +1,17 @@
 """Networks that this project was not drawn for: plain modules as users write them, small.
 
 FOREIGN gives for each its class, image (C, H, W) and number of classes; each class takes `classes`.
+`captured` gives the graph of one of them or of a shipped network.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from edgecnn.capture import capture
+from edgecnn.networks import NETWORKS, load_network
 
 
 class LeNet(nn.Module):
@@ -155,3 +161,31 @@ FOREIGN = {  # name -> (class, input shape, classes)
     "odd_resnet": (OddResNet, (1, 27, 35), 4),
     "linear_only": (LinearOnly, (1, 8, 8), 4),
 }
+
+SHAPES = {name: shipped.input_shape for name, shipped in NETWORKS.items()}
+SHAPES |= {name: shape for name, (_, shape, _) in FOREIGN.items()}
+
+
+def fresh(name):
+    """A network of FOREIGN or a shipped one, the same weights every time, BN's statistics moved."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name in FOREIGN:
+            kind, shape, classes = FOREIGN[name]
+            network = kind(classes)
+        else:
+            _, shape, classes = NETWORKS[name]
+            network = load_network(name, classes, shape)
+        with torch.no_grad():
+            network.train()(torch.randn(4, *shape))
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+                    module.weight.uniform_(-1, 1.5)  # negative scales too
+                    module.bias.normal_()
+    return network.eval()
+
+
+@functools.cache
+def captured(name):
+    """(graph, tensors) of `fresh(name)`, captured once. Read only: tests share it."""
+    return capture(fresh(name), SHAPES[name])

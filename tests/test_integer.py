@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from narrow import (
+    GRAPHS,
     avg_pool,
     conv,
     device_images,
@@ -33,42 +34,6 @@ from edgecnn.files import UserError
 from edgecnn.graph import GraphError, Node, from_plain, tensor_shapes
 from edgecnn.quantized import int8_module, quantize_images, ran
 from edgecnn.upgrade import float_graph, upgraded_fp32, upgraded_int8
-
-RELU6 = ("relu6", {})
-# One graph an operation: the options that it has, odd sides, every kind of padding.
-GRAPHS = {
-    "conv 1x1": graph_of((3, 5, 4), conv(4, 1)),
-    "conv 3x3": graph_of((3, 6, 7), conv(5, 3, padding=1, activation="relu")),
-    "conv 5x3 stride 2": graph_of((2, 9, 6), conv(3, (5, 3), 2, (2, 1))),
-    "conv stride 1x2 padding 2": graph_of(
-        (1, 5, 8), conv(4, (3, 5), (1, 2), 2, activation="relu6")
-    ),
-    "depthwise": graph_of((4, 7, 6), conv(4, 3, 1, 1, groups=4, activation="relu")),
-    "depthwise stride 2": graph_of((4, 8, 7), conv(4, 3, 2, 1, groups=4)),
-    "depthwise x2": graph_of((3, 5, 5), conv(6, 3, 2, 0, groups=3)),
-    "linear": graph_of((2, 3, 4), ("flatten", {}), linear(7, "relu"), linear(5)),
-    "linear relu6": graph_of((2, 3, 4), ("flatten", {}), linear(7, "relu6")),
-    "max_pool": graph_of((3, 7, 6), conv(3, 1), max_pool(2, 2)),
-    "max_pool padded": graph_of((3, 8, 6), conv(3, 1), max_pool(3, 2, 1)),
-    "max_pool padded relu": graph_of((3, 8, 7), conv(3, 1, activation="relu"), max_pool(3, 2, 1)),
-    "avg_pool": graph_of((3, 8, 7), avg_pool((3, 4), 2)),
-    "global_avg_pool": graph_of((3, 5, 7), conv(4, 1), ("global_avg_pool", {})),
-    "relu alone": graph_of((3, 4, 4), conv(4, 1), ("relu", {})),
-    "relu6 alone": graph_of((3, 4, 4), conv(4, 1), RELU6, conv(2, 1)),
-    "add": graph_of(
-        (3, 5, 4),
-        conv(4, 1),
-        conv(4, 3, 1, 1),
-        ("add", {"activation": "none"}, ("n0", "n1")),
-    ),
-    "add relu": graph_of(
-        (3, 5, 4),
-        conv(4, 1, activation="relu"),
-        conv(4, 3, 1, 1),
-        ("add", {"activation": "relu"}, ("n1", "n0")),
-    ),
-    "add to itself": graph_of((2, 3, 3), ("add", {"activation": "relu6"}, ("input", "input"))),
-}
 
 
 def steps_of(checkpoint: dict, engine: str):

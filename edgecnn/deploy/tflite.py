@@ -77,20 +77,17 @@ def integer_bias(bias: np.ndarray, scales: np.ndarray, weight: np.ndarray, input
     return np.rint(bias / (input_scale * scales.astype(np.float64))).astype(np.int32), scales
 
 
-def side_padding(size: int, kernel: int, stride: int, padding: int) -> tuple[str, int, int]:
-    """(TFLite's word for a side's padding or PAD, zeros before, zeros after) of torch's padding.
+def side_padding(size: int, kernel: int, stride: int, padding: int) -> tuple[set[str], int, int]:
+    """(TFLite's words for torch's padding of a side, zeros before, zeros after); perhaps no word.
 
-    Of what torch pads after the end only what a window reaches is needed. Formula of SAME: out =
-    ceil(size / stride), half of what is missing before, rounded down (tensorflow.org, nn.convolution).
+    Of what torch pads after the end only what a window reaches counts. Formula of SAME: ceil(size /
+    stride) outputs, half of the zeros before, rounded down (tensorflow.org, tf.nn, "padding").
     """
-    out = (size + 2 * padding - kernel) // stride + 1
+    out, same = (size + 2 * padding - kernel) // stride + 1, -(-size // stride)
     after = max((out - 1) * stride + kernel - size - padding, 0)
-    if (padding, after) == (0, 0) and out == (size - kernel) // stride + 1:
-        return "VALID", 0, 0
-    same = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    if out == -(-size // stride) and (padding, after) == (same // 2, same - same // 2):
-        return "SAME", padding, after
-    return "PAD", padding, after
+    missing = max((same - 1) * stride + kernel - size, 0)
+    words = {"VALID": padding == 0, "SAME": out == same and padding == missing // 2}
+    return {word for word, fits in words.items() if fits}, padding, after
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -238,12 +235,9 @@ class Writer:
             side_padding(*side)
             for side in zip(shape[1:], o["kernel"], o["stride"], o["padding"], strict=True)
         ]
-        words, code = {word for word, *_ in sides}, self.schema.Padding
-        for word in ("VALID", "SAME"):
-            if words == {word}:
-                return self.index[source], getattr(code, word)
-        if words == {"VALID", "SAME"} and self.same_if_all(shape, o):
-            return self.index[source], code.SAME
+        code, common = self.schema.Padding, set.intersection(*(words for words, *_ in sides))
+        if common:
+            return self.index[source], code.VALID if "VALID" in common else code.SAME
         before_after = np.array([(0, 0), *(side[1:] for side in sides), (0, 0)], np.int32)
         larger = [
             n + int(b) + int(a) for n, (b, a) in zip(shape[1:], before_after[1:3], strict=True)
@@ -260,16 +254,6 @@ class Writer:
             inputs.append(self.file.tensor(*constant))
             self.file.operator("PADV2", inputs, out, self.schema.PadV2OptionsT())
         return out, code.VALID
-
-    @staticmethod
-    def same_if_all(shape, o: dict) -> bool:
-        """Whether SAME is torch's padding on both sides, VALID ones included."""
-        for n, k, s, p in zip(shape[1:], o["kernel"], o["stride"], o["padding"], strict=True):
-            out = (n + 2 * p - k) // s + 1
-            missing = max((-(-n // s) - 1) * s + k - n, 0)
-            if out != -(-n // s) or p != missing // 2:
-                return False
-        return True
 
     def constants(self, node: Node, weight: np.ndarray, axis: int = 0) -> list[int]:
         """Add a conv's or linear's weight, as the file orders it, and its int32 bias."""
