@@ -48,8 +48,8 @@ void avg_pool(const pool_t *layer, const uint8_t *in, uint8_t *out)
                     const uint8_t *from = corner + i * row + c;
                     for (int j = 0; j < layer->kernel_width; j++, from += channels) sum += *from;
                 }
-                *out++ = (uint8_t)saturate_byte(round_even((float)sum * layer->reciprocal) +
-                                                layer->zero);
+                float mean = rounded_product((float)sum, layer->reciprocal);
+                *out++ = (uint8_t)saturate_byte(round_even(mean) + layer->zero);
             }
         }
     }

@@ -23,13 +23,14 @@ static inline int32_t offset_of(const requantize_t *r, int channel)
 
 static inline int32_t requantize(scale_t scale, int32_t sum)
 {
-    return saturate_byte(round_even(((float)sum + scale.bias) * scale.multiplier) + scale.zero);
+    float real = rounded_product((float)sum + scale.bias, scale.multiplier);
+    return saturate_byte(round_even(real) + scale.zero);
 }
 
 static inline int32_t add_bytes(const add_t *add, int32_t a, int32_t b)
 {
-    float left = (float)(a - add->zero_a) * add->scale_a;
-    float right = (float)(b - add->zero_b) * add->scale_b;
+    float left = rounded_product((float)(a - add->zero_a), add->scale_a);
+    float right = rounded_product((float)(b - add->zero_b), add->scale_b);
     return saturate_byte(round_even(left + right) + add->zero);
 }
 

@@ -1,7 +1,7 @@
 /* Two 16-bit lanes in a word, and rounding: what the kernels share.
  *
  * With the DSP extension of a Cortex-M these are single instructions; elsewhere plain C with the same
- * integers, for any little-endian processor. Build with -ffp-contract=off.
+ * integers, for any little-endian processor, with gcc or clang.
  */
 #ifndef SIMD_H
 #define SIMD_H
@@ -21,10 +21,6 @@ static inline pair_t make_pair(int32_t low, int32_t high)
     return ((uint32_t)low & 0xffff) | (uint32_t)high << 16;
 }
 
-/* (low lane of a, low lane of b), (high lane of a, high lane of b): PKHBT and PKHTB. */
-static inline pair_t low_lanes(pair_t a, pair_t b) { return (a & 0xffff) | b << 16; }
-static inline pair_t high_lanes(pair_t a, pair_t b) { return a >> 16 | (b & 0xffff0000); }
-
 #if defined(__ARM_FEATURE_SIMD32)
 #include <arm_acle.h>
 
@@ -38,6 +34,21 @@ static inline pair_t subtract_pairs(pair_t a, pair_t b) { return __ssub16(a, b);
 /* Bytes 0 and 2 (even), 1 and 3 (odd) of a word. */
 static inline pair_t signed_even(uint32_t bytes) { return __sxtb16(bytes); }
 static inline pair_t unsigned_even(uint32_t bytes) { return __uxtb16(bytes); }
+
+/* (low lane of a, low lane of b), (high lane of a, high lane of b). */
+static inline pair_t low_lanes(pair_t a, pair_t b)
+{
+    pair_t lanes;
+    __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(lanes) : "r"(a), "r"(b));
+    return lanes;
+}
+
+static inline pair_t high_lanes(pair_t a, pair_t b)
+{
+    pair_t lanes;
+    __asm__("pkhtb %0, %1, %2, asr #16" : "=r"(lanes) : "r"(b), "r"(a));
+    return lanes;
+}
 
 static inline pair_t signed_odd(uint32_t bytes)
 {
@@ -67,6 +78,8 @@ static inline int32_t saturate_byte(int32_t n) { return (int32_t)__usat(n, 8); }
     __asm__("ldrd %0, %1, [%2, %3]" : "=&r"(first), "=r"(second) \
             : "r"(address), "i"(4 * (words)), "m"(*(const pair_t(*)[2])((address) + (words))))
 #else
+static inline pair_t low_lanes(pair_t a, pair_t b) { return (a & 0xffff) | b << 16; }
+static inline pair_t high_lanes(pair_t a, pair_t b) { return a >> 16 | (b & 0xffff0000); }
 static inline int32_t low_of(pair_t a) { return (int16_t)a; }
 static inline int32_t high_of(pair_t a) { return (int16_t)(a >> 16); }
 static inline int32_t mac_low(pair_t a, int32_t b, int32_t s) { return s + low_of(a) * (int16_t)b; }
@@ -120,6 +133,18 @@ static inline int32_t saturate_byte(int32_t n) { return n < 0 ? 0 : n > 255 ? 25
 
 static inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+
+/* a * b rounded to single precision, whatever the compiler may do to a product and a sum behind it. */
+static inline float rounded_product(float a, float b)
+{
+    float product = a * b;
+#if defined(__ARM_FP) && !defined(__aarch64__)
+    __asm__("" : "+t"(product));
+#else
+    __asm__("" : "+m"(product));
+#endif
+    return product;
+}
 
 /* To the nearest integer, ties to even; |x| < 2^22. */
 static inline int32_t round_even(float x)

@@ -324,9 +324,11 @@ STORAGES = ("fastest", "dense", "sparse")
 def chosen(choices: list[Stored], storage: str) -> Stored:
     """The kernel of a layer: the one of fewest instructions, and of two alike the smaller.
 
-    storage: `fastest` of all, of the `dense` kernels alone, or `sparse` wherever a kernel is.
+    storage: `fastest` of all, of the `dense` kernels alone, `sparse` wherever a kernel is, or the name
+    of a kernel, for the layers that it takes.
     """
     sparse = [c for c in choices if c.kernel.endswith("_sparse")]
     dense = [c for c in choices if c not in sparse]
-    allowed = {"fastest": choices, "dense": dense, "sparse": sparse or dense}[storage]
-    return min(allowed, key=lambda c: (c.instructions, c.stored_bytes))
+    named = [c for c in choices if c.kernel == storage]
+    allowed = {"fastest": choices, "dense": dense, "sparse": sparse or dense}.get(storage, named)
+    return min(allowed or choices, key=lambda c: (c.instructions, c.stored_bytes))
