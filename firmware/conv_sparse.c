@@ -56,14 +56,10 @@ static void pack_band(const conv_t *layer, const uint8_t *in, int out_row, pair_
     }
 }
 
-typedef struct {
-    int32_t low[4], high[4];  /* of the left and of the right half */
-} sums_t;
-
-/* The sums of eight positions; an even number of entries. */
-static inline __attribute__((always_inline)) sums_t sums_of(const uint8_t *entry,
-                                                            const uint8_t *end, const pair_t *at,
-                                                            int32_t start)
+/* The sums of eight positions, [2 halves][4]; an even number of entries. */
+static inline __attribute__((always_inline)) void sums_of(const uint8_t *entry, const uint8_t *end,
+                                                          const pair_t *at, int32_t start,
+                                                          int32_t *sums)
 {
     int32_t s0 = start, s1 = start, s2 = start, s3 = start;
     int32_t s4 = start, s5 = start, s6 = start, s7 = start;
@@ -84,23 +80,28 @@ static inline __attribute__((always_inline)) sums_t sums_of(const uint8_t *entry
         STEP STEP STEP STEP
     }
 #undef STEP
-    return (sums_t){{s0, s1, s2, s3}, {s4, s5, s6, s7}};
+    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+    sums[4] = s4, sums[5] = s5, sums[6] = s6, sums[7] = s7;
 }
 
-static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, int x, int at,
+/* Writes four positions of a row from x on. */
+static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, int x,
                        const uint8_t *residual, uint8_t *out)
 {
-    int outputs = layer->outputs;
-    for (int i = 0; i < 4 && x + i < layer->out_width; i++, at += outputs) {
-        int32_t value = requantize(scale, sums[i]);
-        if (residual) value = add_bytes(layer->add, value, residual[at]);
-        out[at] = (uint8_t)value;
+    int count = smaller(layer->out_width - x, 4), step = layer->outputs;
+    if (residual) {
+        const add_t add = *layer->add;
+        for (; count > 0; count--, out += step, residual += step)
+            *out = (uint8_t)add_bytes(&add, requantize(scale, *sums++), *residual);
     }
+    for (; count > 0; count--, out += step) *out = (uint8_t)requantize(scale, *sums++);
 }
 
-static inline void put_pooled(const conv_t *layer, scale_t scale, const int32_t *upper,
-                              const int32_t *lower, int x, uint8_t *out)
+/* Writes two windows of two rows of sums from x on. */
+static inline void put_pooled(const conv_t *layer, scale_t scale, const int32_t *upper, int x,
+                              uint8_t *out)
 {
+    const int32_t *lower = upper + 8;
     for (int i = 0; i < 4 && x + i + 1 < layer->out_width; i += 2, out += layer->outputs)
         *out = (uint8_t)requantize(scale, larger(larger(upper[i], upper[i + 1]),
                                                  larger(lower[i], lower[i + 1])));
@@ -110,10 +111,8 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual
                  void *scratch)
 {
     int outputs = layer->outputs, width = layer->out_width, half = half_of(layer);
+    int pool = layer->pool, height = pool ? layer->out_height & ~1 : layer->out_height;
     int next_row = layer->stride_y * layer->stride_x * columns_of(layer);
-    int groups = smaller(half, CEIL_DIV(width, 4) * 4);
-    const pair_t *band = scratch;
-    int height = layer->pool ? layer->out_height & ~1 : layer->out_height;
     for (int y = 0; y < height; y += 2) {
         pack_band(layer, in, y, scratch);
         for (int o = 0; o < outputs; o++) {
@@ -121,23 +120,21 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual
             const uint8_t *end = layer->entries + layer->starts[o + 1];
             scale_t scale = scale_of(&layer->requantize, o);
             int32_t start = offset_of(&layer->requantize, o);
-            for (int x = 0; x < groups; x += 4) {
-                sums_t upper = sums_of(entry, end, band + x, start);
-                if (!layer->pool) {
-                    int at = (y * width + x) * outputs + o;
-                    put(layer, scale, upper.low, x, at, residual, out);
-                    put(layer, scale, upper.high, x + half, at + half * outputs, residual, out);
-                    if (y + 1 == height) continue;
-                    at += width * outputs;
-                    sums_t lower = sums_of(entry, end, band + x + next_row, start);
-                    put(layer, scale, lower.low, x, at, residual, out);
-                    put(layer, scale, lower.high, x + half, at + half * outputs, residual, out);
-                } else {
-                    sums_t lower = sums_of(entry, end, band + x + next_row, start);
-                    uint8_t *to = out + ((y / 2) * (width / 2) + x / 2) * outputs + o;
-                    put_pooled(layer, scale, upper.low, lower.low, x, to);
-                    put_pooled(layer, scale, upper.high, lower.high, x + half,
-                               to + half / 2 * outputs);
+            for (int x = 0; x < half; x += 4) {
+                int32_t sums[16];  /* [2 rows][2 halves][4] */
+                for (int row = 0; row < 2 && y + row < height; row++) {
+                    int32_t *own = sums + 8 * row;
+                    sums_of(entry, end, (const pair_t *)scratch + x + row * next_row, start, own);
+                    for (int side = 0; side < 2 && !pool; side++) {
+                        int from = x + side * half, at = ((y + row) * width + from) * outputs + o;
+                        put(layer, scale, own + 4 * side, from, residual ? residual + at : NULL,
+                            out + at);
+                    }
+                }
+                for (int side = 0; side < 2 && pool; side++) {
+                    int from = x + side * half;
+                    put_pooled(layer, scale, sums + 4 * side, from,
+                               out + (y / 2 * (width / 2) + from / 2) * outputs + o);
                 }
             }
         }
