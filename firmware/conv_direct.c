@@ -53,10 +53,10 @@ static void expand_columns(const uint8_t *const from[4], int words, pair_t *to)
     const uint8_t *a = from[0], *b = from[1], *c = from[2], *d = from[3];
     for (const uint8_t *end = a + 4 * words; a != end; a += 4, b += 4, c += 4, d += 4, to += 8) {
         uint32_t wa = load_word(a), wb = load_word(b), wc = load_word(c), wd = load_word(d);
-        to[0] = unsigned_even(wa), to[1] = unsigned_even(wb);
-        to[2] = unsigned_even(wc), to[3] = unsigned_even(wd);
-        to[4] = unsigned_odd(wa), to[5] = unsigned_odd(wb);
-        to[6] = unsigned_odd(wc), to[7] = unsigned_odd(wd);
+        store_two(to, unsigned_even(wa), unsigned_even(wb));
+        store_two(to + 2, unsigned_even(wc), unsigned_even(wd));
+        store_two(to + 4, unsigned_odd(wa), unsigned_odd(wb));
+        store_two(to + 6, unsigned_odd(wc), unsigned_odd(wd));
     }
 }
 
@@ -65,8 +65,8 @@ static void expand_rows(const int8_t *first, const int8_t *second, int words, pa
 {
     for (const int8_t *end = first + 4 * words; first != end; first += 4, second += 4, to += 4) {
         uint32_t a = load_word(first), b = load_word(second);
-        to[0] = signed_even(a), to[1] = signed_even(b);
-        to[2] = signed_odd(a), to[3] = signed_odd(b);
+        store_two(to, signed_even(a), signed_even(b));
+        store_two(to + 2, signed_odd(a), signed_odd(b));
     }
 }
 
@@ -87,11 +87,11 @@ static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, 
             *out = (uint8_t)add_bytes(&add, requantize(scale, sums[i / 4 * 8 + i % 4]), *residual);
         return;
     }
-    for (; units >= 4; units -= 4, sums += 8) {
-        *out = (uint8_t)requantize(scale, sums[0]), out += step;
-        *out = (uint8_t)requantize(scale, sums[1]), out += step;
-        *out = (uint8_t)requantize(scale, sums[2]), out += step;
-        *out = (uint8_t)requantize(scale, sums[3]), out += step;
+    for (int two = 2 * step, three = 3 * step; units >= 4; units -= 4, sums += 8, out += 4 * step) {
+        out[0] = (uint8_t)requantize(scale, sums[0]);
+        out[step] = (uint8_t)requantize(scale, sums[1]);
+        out[two] = (uint8_t)requantize(scale, sums[2]);
+        out[three] = (uint8_t)requantize(scale, sums[3]);
     }
     for (; units; units--, out += step) *out = (uint8_t)requantize(scale, *sums++);
 }
@@ -107,6 +107,7 @@ void conv_direct(const conv_t *layer, const uint8_t *in, const uint8_t *residual
     /* Where a position's values stand side by side already, they need no copy. */
     int in_line = layer->kernel_height == 1 && layer->kernel_width == 1 && !layer->flip &&
                   layer->inputs % 4 == 0 && layer->pad_y == 0 && layer->pad_x == 0;
+    int as_it_is = in_line && !pool && layer->stride_y == 1 && layer->stride_x == 1;
     pair_t *columns = scratch, *rows = columns + layer->block * words * 8;
     uint8_t *patches = (uint8_t *)(rows + 4 * words);
     int y = 0, x = 0;  /* of the next unit */
@@ -115,6 +116,10 @@ void conv_direct(const conv_t *layer, const uint8_t *in, const uint8_t *residual
         for (int group = 0; group < groups; group++) {
             const uint8_t *from[4];
             for (int i = 0; i < 4; i++) {
+                if (as_it_is) {
+                    from[i] = in + smaller(first + 4 * group + i, units - 1) * layer->inputs;
+                    continue;
+                }
                 int top = y << pool, left = x << pool;
                 if (pool) top += i >> 1, left += i & 1;
                 top = top * layer->stride_y - layer->pad_y;

@@ -16,6 +16,12 @@ typedef uint32_t __attribute__((may_alias, aligned(1))) unaligned_t; /* one LDR 
 static inline uint32_t load_word(const void *bytes) { return *(const unaligned_t *)bytes; }
 static inline void store_word(void *bytes, uint32_t word) { *(unaligned_t *)bytes = word; }
 
+/* Two pairs to an address aligned to 8 bytes: one STRD. */
+static inline void store_two(pair_t *to, pair_t first, pair_t second)
+{
+    *(two_pairs_t *)to = first | (uint64_t)second << 32;
+}
+
 static inline pair_t make_pair(int32_t low, int32_t high)
 {
     return ((uint32_t)low & 0xffff) | (uint32_t)high << 16;

@@ -18,7 +18,8 @@ from edgecnn.deploy.integer import IntegerNode
 MAX_STEP = 255
 WORD = 4
 GROUP = 4  # positions, or tiles, that a dense convolution takes at once
-# Scratch that a direct convolution may fill with positions; more would save little of reading weights.
+# Scratch that a direct convolution fills with positions where it sets the arena's size, and the most
+# groups of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
@@ -163,13 +164,14 @@ def linear_order(weight: np.ndarray) -> np.ndarray:
 # ---- convolutions ------------------------------------------------------------------------------
 
 
-def conv_direct(g: Geometry, weight: np.ndarray) -> Stored:
+def conv_direct(g: Geometry, weight: np.ndarray, scratch_bytes: int = DIRECT_BYTES) -> Stored:
+    """`scratch_bytes`: what the positions may take; the more stand there, the rarer weights are read."""
     rows = weight.transpose(0, 2, 3, 1).reshape(g.outputs, -1)  # (O, kh * kw * C)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD)))
     words, (unit_rows, columns) = rows.shape[1] // WORD, g.units
     units, group = unit_rows * columns, 1 if g.pool else GROUP
     groups = ceil_div(units, group)
-    block = max(1, min(groups, DIRECT_GROUPS, DIRECT_BYTES // (words * 32)))
+    block = max(1, min(groups, DIRECT_GROUPS, scratch_bytes // (words * 32)))
     ends = []
     for last in range(block * group, units, block * group):
         y, x = divmod(last, columns)
@@ -282,11 +284,17 @@ def conv_depthwise(g: Geometry, weight: np.ndarray) -> Stored:
     return Stored("conv_depthwise", members, arrays, scratch, same, features, 1)
 
 
-def conv_choices(g: Geometry, weight: np.ndarray, groups: int, image: bool) -> list[Stored]:
+def conv_choices(
+    g: Geometry,
+    weight: np.ndarray,
+    groups: int,
+    image: bool,
+    scratch_bytes: int = DIRECT_BYTES,
+) -> list[Stored]:
     """Every kernel that takes a convolution, the dense ones first; `image`: its input is signed."""
     if groups > 1:
         return [conv_depthwise(g, weight)]
-    dense = [conv_direct(g, weight)]
+    dense = [conv_direct(g, weight, scratch_bytes)]
     if winograd_takes(g) and not image:
         dense.append(conv_winograd(g, weight))
     return [*dense, conv_sparse(g, weight)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgecnn.deploy.integer import IntegerNode, flat_maps, hwc_columns, integer_nodes
 from edgecnn.deploy.kernels import (
+    DIRECT_BYTES,
     Stored,
     chosen,
     conv_choices,
@@ -117,10 +118,11 @@ def add_scales(n: IntegerNode, first: str) -> tuple:
     return scale_a, scale_b, zero_a, zero_b, n.zero
 
 
-def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str) -> Step:
+def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, room: int) -> Step:
+    """`fused`: the pool or addition behind it. room: bytes of scratch that a direct one may fill."""
     pool = fused is not None and fused.node.op == "max_pool"
     g = geometry(n, shape, pool)
-    stored = chosen(conv_choices(g, n.weight, n.node.options["groups"], flip), storage)
+    stored = chosen(conv_choices(g, n.weight, n.node.options["groups"], flip, room), storage)
     requantize, constants = requantizer(n)
     members = {**g._asdict(), **stored.members, "flip": FLIP if flip else 0}
     members |= {"zero": n.zeros[0] * 0x01010101, "requantize": requantize}
@@ -221,8 +223,10 @@ def residuals(fused: dict[str, IntegerNode]) -> set[str]:
     return {f.node.name for f in fused.values()}
 
 
-def steps_of(checkpoint: dict, storage: str = "fastest") -> tuple[Graph, list[Step]]:
+def steps_of(checkpoint: dict, storage: str, rooms: dict[str, int]) -> tuple[Graph, list[Step]]:
     """The steps of an int8 checkpoint; values bear the names of the nodes that give them.
+
+    rooms: {node: bytes that it may fill with positions} of direct convolutions, where not the default.
 
     storage: `fastest`, `dense` or `sparse`; see kernels.chosen. Raises UserError where the checkpoint's
     numbers do not fit its network.
@@ -243,7 +247,8 @@ def steps_of(checkpoint: dict, storage: str = "fastest") -> tuple[Graph, list[St
             continue
         last = fused.get(name, n)  # whose range and name the value has
         if op == "conv":
-            made = conv_step(n, shape, fused.get(name), flip and INPUT in n.node.inputs, storage)
+            signed, room = flip and INPUT in n.node.inputs, rooms.get(name, DIRECT_BYTES)
+            made = conv_step(n, shape, fused.get(name), signed, storage, room)
         elif op == "linear":
             made = linear_step(n, maps.get(n.node.inputs[0]), storage)
         elif op == "add":
@@ -330,9 +335,8 @@ def sizes_of(graph: Graph, steps: list[Step]) -> dict[str, int]:
     return {n: math.prod(shapes[kept.get(n, n.removesuffix(" unclamped"))]) for n in names}
 
 
-def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
-    """The plan of an int8 checkpoint. Raises UserError where its numbers do not fit its network."""
-    graph, steps = steps_of(checkpoint, storage)
+def arranged(graph: Graph, steps: list[Step]) -> tuple[Plan, dict[int, int]]:
+    """(the plan of steps, {step: bytes in use while it runs})."""
     sizes, outside = sizes_of(graph, steps), (INPUT, steps[-1].output)
     first = {step.output: at for at, step in enumerate(steps)}
     last = {name: at for at, step in enumerate(steps) for name in (*step.inputs, step.output)}
@@ -352,6 +356,22 @@ def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
         uses.append(use)
     uses += [{at: aligned(step.scratch_bytes)} for at, step in enumerate(steps)]
     peak, offsets = arrange(uses)
-    at = dict(zip(owners, offsets, strict=False))
-    at |= {name: at[place] for name, place in shares.items()}
-    return Plan(graph, steps, sizes, at, offsets[len(owners) :], peak)
+    places = dict(zip(owners, offsets, strict=False))
+    places |= {name: places[place] for name, place in shares.items()}
+    in_use = {at: sum(use.get(at, 0) for use in uses) for at in range(len(steps))}
+    return Plan(graph, steps, sizes, places, offsets[len(owners) :], peak), in_use
+
+
+def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
+    """The plan of an int8 checkpoint: the smallest arena, which direct convolutions then fill.
+
+    Raises UserError where the checkpoint's numbers do not fit its network.
+    """
+    plan, in_use = arranged(*steps_of(checkpoint, storage, {}))
+    rooms = {
+        step.node: DIRECT_BYTES + plan.arena_bytes - in_use[at]
+        for at, step in enumerate(plan.steps)
+        if step.kernel == "conv_direct"
+    }
+    roomy, _ = arranged(*steps_of(checkpoint, storage, rooms))
+    return roomy if roomy.arena_bytes <= plan.arena_bytes else plan
