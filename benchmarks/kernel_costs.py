@@ -1,4 +1,4 @@
-"""What the kernels of firmware/ take on a Cortex-M4: the coefficients by which a layer's kernel is chosen.
+"""What the kernels of firmware/ take on a Cortex-M4: the coefficients that choose a layer's kernel.
 
 Reads   nothing
 Writes  edgecnn/deploy/kernel_costs.json
@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgecnn.deploy import c_source, cortex_m, kernels  # noqa: E402
-from edgecnn.deploy.integer import integer_nodes  # noqa: E402
 from edgecnn.graph import INPUT, Graph, Node, tensor_shapes, to_plain  # noqa: E402
 
 POOL = {"kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
@@ -160,26 +159,18 @@ def checkpoint_of(layer: Layer) -> dict:
     }
 
 
-def counted(checkpoint: dict, kernel: str, objects: list[Path], folder: Path) -> int:
-    """Instructions of the step `layer` on the emulated Cortex-M4."""
+def counted(
+    checkpoint: dict, kernel: str, objects: list[Path], folder: Path
+) -> tuple[dict[str, float], int]:
+    """(what the step `layer` does how often, its instructions on the emulated Cortex-M4)."""
     source = c_source.c_source(checkpoint, kernel)
     files = [c_source.write_source(source, folder), c_source.FIRMWARE / cortex_m.STARTUP]
     own = cortex_m.compile_files(files, cortex_m.M4, folder)
     program = cortex_m.link([*own, *objects], cortex_m.M4)
     shape = tuple(checkpoint["graph"]["input_shape"])
     traced = cortex_m.trace(cortex_m.M4, program, torch.zeros(1, *shape, dtype=torch.int8))
-    return cortex_m.instructions_by_node(source, traced)["layer"]
-
-
-def stored(checkpoint: dict, layer: Layer, kernel: str) -> kernels.Stored:
-    """The layer as the kernel takes it."""
-    node = next(n for n in integer_nodes(checkpoint) if n.node.name == "layer")
-    if layer.kernel == 0:
-        return kernels.chosen(kernels.linear_choices(node.weight), kernel)
-    shape = (layer.inputs, layer.side, layer.side)
-    geometry = kernels.geometry(node, shape, layer.pool)
-    choices = kernels.conv_choices(geometry, node.weight, layer.groups, layer.image)
-    return kernels.chosen(choices, kernel)
+    step = next(step for step in source.plan.steps if step.node == "layer")
+    return step.features, cortex_m.instructions_by_node(source, traced)["layer"]
 
 
 def fit(features: list[dict], counts: list[int]) -> dict[str, float]:
@@ -205,15 +196,13 @@ def measure(smoke: bool) -> dict:
         files = [c_source.FIRMWARE / file for file in c_source.KERNELS]
         objects = cortex_m.compile_files(files, cortex_m.M4, folder)
         for kernel, layers in LAYERS.items():
-            features, counts = [], []
-            for layer in layers[: 2 if smoke else None]:
-                checkpoint = checkpoint_of(layer)
-                features.append(stored(checkpoint, layer, kernel).features)
-                counts.append(counted(checkpoint, kernel, objects, folder))
+            layers = layers[: 2 if smoke else None]
+            runs = [counted(checkpoint_of(layer), kernel, objects, folder) for layer in layers]
+            features, counts = zip(*runs, strict=True)
             found[kernel] = fit(features, counts)
-            for layer, row, count in zip(layers, features, counts, strict=False):
+            for layer, (row, count) in zip(layers, runs, strict=True):
                 estimate = sum(found[kernel][key] * value for key, value in row.items())
-                rows.append({"kernel": kernel, **layer._asdict(), "instructions": count})
+                rows.append({"kernel": kernel, "layer": layer._asdict(), "instructions": count})
                 rows[-1]["estimated"] = round(estimate)
                 print(f"{kernel} {layer}: {count:,} counted, {estimate / count - 1:+.1%} estimated")
     return {"instructions": found, "layers": rows, **cortex_m.tool_versions()}

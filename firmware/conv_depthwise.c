@@ -13,15 +13,15 @@ static inline int plane_words(const conv_t *layer)  /* of a row */
 static void unpack_plane(const conv_t *layer, const uint8_t *in, pair_t *to)
 {
     int words = plane_words(layer), step = layer->inputs, width = layer->width;
-    int zero = layer->zero & 255, flip = layer->flip & 255;
+    pair_t zero = unsigned_even(layer->zero), flip = unsigned_even(layer->flip);
     for (int y = -layer->pad_y; y < layer->height + layer->pad_y; y++) {
-        int inside = y >= 0 && y < layer->height;
-        const uint8_t *row = in + (y * width - layer->pad_x) * step;
-        for (int x = -layer->pad_x, i = 0; i < words; i++, x += 2, row += 2 * step) {
-            int a = inside && x >= 0 && x < width ? row[0] ^ flip : zero;
-            int b = inside && x + 1 >= 0 && x + 1 < width ? row[step] ^ flip : zero;
-            *to++ = make_pair(a, b);
-        }
+        halfword_t *at = (halfword_t *)to;
+        for (pair_t *end = to + words; to != end; to++) *to = zero;
+        if (y < 0 || y >= layer->height) continue;
+        at += layer->pad_x;
+        for (int x = width / 2; x > 0; x--, in += 2 * step, at += 2)
+            store_word(at, (in[0] | (uint32_t)in[step] << 16) ^ flip);
+        if (width & 1) *at = (halfword_t)(*in ^ (flip & 255)), in += step;
     }
 }
 

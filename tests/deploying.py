@@ -7,7 +7,16 @@ import torch
 
 from edgecnn.deploy import c_source
 from edgecnn.deploy.integer import exact_values
-from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, shapes_of, tensor_shapes, to_plain
+from edgecnn.graph import (
+    ACTIVATED,
+    INPUT,
+    WEIGHTED,
+    Graph,
+    Node,
+    shapes_of,
+    tensor_shapes,
+    to_plain,
+)
 
 GUARD, FILL = 64, 0xA5  # bytes behind the arena that no kernel may touch
 
@@ -15,7 +24,9 @@ GUARD, FILL = 64, 0xA5  # bytes behind the arena that no kernel may touch
 # ---- random networks -----------------------------------------------------------------------------
 
 
-def random_checkpoint(graph: Graph, seed: int = 0, zeros: float = 0.0, clamped: bool = False) -> dict:
+def random_checkpoint(
+    graph: Graph, seed: int = 0, zeros: float = 0.0, clamped: bool = False
+) -> dict:
     """An int8 checkpoint of a deployed graph whose outputs fill 0..255 and saturate at both ends.
 
     zeros: share of zero weights. clamped: a ReLU's zero point is not 0, so that it has to be a step.
@@ -65,10 +76,14 @@ def random_images(graph: Graph, count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int8))
 
 
-def conv(name: str, source: str, outputs: int, kernel, stride=(1, 1), padding=(0, 0), groups=1, **more):
+def conv(
+    name: str, source: str, outputs: int, kernel, stride=(1, 1), padding=(0, 0), groups=1, **more
+):
     """A conv node of a deployed graph."""
     options = {"outputs": outputs, "kernel": list(kernel), "stride": list(stride), "bias": 1}
-    return Node(name, "conv", (source,), options | {"padding": list(padding), "groups": groups, **more})
+    return Node(
+        name, "conv", (source,), options | {"padding": list(padding), "groups": groups, **more}
+    )
 
 
 def ended(input_shape, *nodes: Node) -> Graph:
@@ -109,7 +124,14 @@ Pool = struct(
 )
 AddLayer = struct("AddLayer", **ints("count"), scales=Add)
 Clamp = struct("Clamp", **ints("count"), low=ctypes.c_uint8, high=ctypes.c_uint8)
-STRUCTS = {"conv": Conv, "linear": Linear, "max": Pool, "avg": Pool, "add": AddLayer, "clamp": Clamp}
+STRUCTS = {
+    "conv": Conv,
+    "linear": Linear,
+    "max": Pool,
+    "avg": Pool,
+    "add": AddLayer,
+    "clamp": Clamp,
+}
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
@@ -153,6 +175,7 @@ def differing_step(library, plan, checkpoint: dict, image: torch.Tensor) -> str 
     pixels = aligned(image.permute(1, 2, 0).contiguous().numpy())  # (H, W, C)
     logits = np.zeros(plan.sizes[plan.output] + GUARD, np.uint8)
     for at, step in enumerate(plan.steps):
+
         def place(value):
             outside = {INPUT: pixels, plan.output: logits}.get(value)
             base = arena if outside is None else outside
@@ -161,7 +184,9 @@ def differing_step(library, plan, checkpoint: dict, image: torch.Tensor) -> str 
         pointers = [place(value) for value in (*step.inputs, step.output)]
         call(library, step, pointers, arena.ctypes.data + plan.scratch_offsets[at])
         size = plan.sizes[step.output]
-        found = np.ctypeslib.as_array(ctypes.cast(pointers[-1], ctypes.POINTER(ctypes.c_uint8)), (size,))
+        found = np.ctypeslib.as_array(
+            ctypes.cast(pointers[-1], ctypes.POINTER(ctypes.c_uint8)), (size,)
+        )
         if step.output in exact:
             values = exact[step.output][0]
             expected = values.permute(1, 2, 0) if values.ndim == 3 else values

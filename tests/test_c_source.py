@@ -1,4 +1,4 @@
-"""Generated C on this machine: whole networks bit for bit, memory by arithmetic, a folder that compiles."""
+"""Generated C on this machine: networks bit for bit, memory by arithmetic, a folder that compiles."""
 
 import subprocess
 from pathlib import Path
@@ -106,7 +106,11 @@ def test_shipped_networks_equal_exact_integers(library, shipped, zeros):
 @pytest.mark.parametrize("name", foreign())
 def test_foreign_networks_equal_exact_integers(library, name):
     graph = graph_of(*foreign()[name])
-    for zeros, clamped, storage in ((0.0, False, "dense"), (0.8, True, "fastest"), (0, 1, "sparse")):
+    for zeros, clamped, storage in (
+        (0.0, False, "dense"),
+        (0.8, True, "fastest"),
+        (0, 1, "sparse"),
+    ):
         checkpoint = random_checkpoint(graph, 1, zeros, clamped)
         image = random_images(graph, 1)[0]
         plan = planned(checkpoint, storage)
@@ -247,11 +251,15 @@ def test_exported_folder_compiles_by_itself_and_classifies(tiny, tmp_path):
     own = tiny["quantization"]["activations"]["logits"]
     scores = (logits.double() + 128 - own["zero_point"]) * own["scale"]
     assert done.returncode == 0 and "Öl */" in done.stdout
-    shown = [float(line.split()[-1]) for line in done.stdout.strip().split("\n") if line[-1].isdigit()]
+    shown = [
+        float(line.split()[-1]) for line in done.stdout.strip().split("\n") if line[-1].isdigit()
+    ]
     assert shown == pytest.approx(scores.tolist(), abs=1e-4)
     picture.write_bytes(b"P6 6 6 255\n" + bytes(108))
     wrong = classify(picture)
-    assert wrong.returncode == 1 and "5 x 6 pixels" in wrong.stderr and wrong.stderr.count("\n") == 1
+    assert (
+        wrong.returncode == 1 and "5 x 6 pixels" in wrong.stderr and wrong.stderr.count("\n") == 1
+    )
     assert classify(tmp_path / "none").returncode == 1
 
 

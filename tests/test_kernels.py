@@ -1,4 +1,4 @@
-"""Each C kernel, compiled here, against exact integers over shapes, strides, paddings and zero points."""
+"""Each C kernel, compiled here, against exact integers over shapes, strides, paddings, zero points."""
 
 import itertools
 
@@ -63,7 +63,12 @@ def test_convolutions_equal_exact_integers(library, shape, outputs, kernel, stri
         plain = (front, conv("layer", "front", outputs, *window))
         pooled = (*plain, pool("layer"))
         other = conv("other", "front", outputs, *window, activation=activation)
-        added = (front, other, plain[1], Node("sum", "add", ("layer", "other"), {"activation": "relu"}))
+        added = (
+            front,
+            other,
+            plain[1],
+            Node("sum", "add", ("layer", "other"), {"activation": "relu"}),
+        )
         for nodes in ((first,), plain, pooled, added):
             graph = ended(shape, *nodes)
             check(library, graph, ("sparse", *DENSE), zeros)
@@ -106,7 +111,9 @@ def test_linear_layers_equal_exact_integers(library, inputs, outputs, zeros):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 7])
-@pytest.mark.parametrize("kernel, stride, padding", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 2), (1, 1))])
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 2), (1, 1))]
+)
 def test_pools_equal_exact_integers(library, channels, kernel, stride, padding):
     average = Node("avg", "avg_pool", ("pool",), {"kernel": [2, 3], "stride": [1, 2]})
     graph = ended((channels, 9, 11), pool(INPUT, kernel, stride, padding), average)
@@ -129,10 +136,13 @@ def test_what_cannot_be_fused_is_a_step_of_its_own(library):
 
 def test_largest_sums_are_exact(library):
     """All weights and all inputs at their ends, in the widest Winograd layer of the headline network."""
-    graph = ended((64, 8, 8), *(
-        conv("a", INPUT, 64, (1, 1), activation="relu"),
-        conv("b", "a", 4, (3, 3), padding=(1, 1)),
-    ))
+    graph = ended(
+        (64, 8, 8),
+        *(
+            conv("a", INPUT, 64, (1, 1), activation="relu"),
+            conv("b", "a", 4, (3, 3), padding=(1, 1)),
+        ),
+    )
     checkpoint = random_checkpoint(graph)
     checkpoint["tensors"]["a.weight"][:] = 0
     checkpoint["tensors"]["a.bias"][:] = 1e4

@@ -18,8 +18,8 @@ from edgecnn.deploy.integer import IntegerNode
 MAX_STEP = 255
 WORD = 4
 GROUP = 4  # positions, or tiles, that a dense convolution takes at once
-# Scratch that a direct convolution fills with positions where it sets the arena's size, and the most
-# groups of positions that it takes (conv_direct.c: MOST_GROUPS).
+# Scratch that a direct convolution fills with positions unless there is more room, and the most groups
+# of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
@@ -164,14 +164,16 @@ def linear_order(weight: np.ndarray) -> np.ndarray:
 # ---- convolutions ------------------------------------------------------------------------------
 
 
-def conv_direct(g: Geometry, weight: np.ndarray, scratch_bytes: int = DIRECT_BYTES) -> Stored:
-    """`scratch_bytes`: what the positions may take; the more stand there, the rarer weights are read."""
+def conv_direct(g: Geometry, weight: np.ndarray, room: int | None = None) -> Stored:
+    """`room`: bytes of scratch; the more positions stand there, the rarer weights are read."""
     rows = weight.transpose(0, 2, 3, 1).reshape(g.outputs, -1)  # (O, kh * kw * C)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD)))
     words, (unit_rows, columns) = rows.shape[1] // WORD, g.units
     units, group = unit_rows * columns, 1 if g.pool else GROUP
     groups = ceil_div(units, group)
-    block = max(1, min(groups, DIRECT_GROUPS, scratch_bytes // (words * 32)))
+    fixed = 16 * words + GROUP * (4 * words + 4)  # two outputs' weights, four positions' bytes
+    block = (DIRECT_BYTES if room is None else room - fixed) // (32 * words)
+    block = max(1, min(groups, DIRECT_GROUPS, block))
     ends = []
     for last in range(block * group, units, block * group):
         y, x = divmod(last, columns)
@@ -190,7 +192,7 @@ def conv_direct(g: Geometry, weight: np.ndarray, scratch_bytes: int = DIRECT_BYT
         "tile_word": groups * pairs * words,
         "output": g.leaving,
     }
-    scratch = 32 * block * words + 16 * words + GROUP * (4 * words + 4)
+    scratch = 32 * block * words + fixed
     in_place = written_behind(g, ends)
     members = {"block": block}
     return Stored("conv_direct", members, {"weights": rows}, scratch, in_place, features, blocks)
@@ -231,9 +233,7 @@ def conv_winograd(g: Geometry, weight: np.ndarray) -> Stored:
     scratch = (16 * quads * 4 + 32) * g.inputs * 2 + ceil_div(g.inputs, 8) * 8
     in_place = written_behind(g, ends)
     members = {"block": quads}
-    return Stored(
-        "conv_winograd", members, {"weights": order}, scratch, in_place, features, blocks
-    )
+    return Stored("conv_winograd", members, {"weights": order}, scratch, in_place, features, blocks)
 
 
 def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
@@ -246,9 +246,7 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     entries, starts = sparse_entries(weight.reshape(g.outputs, -1), addresses.reshape(-1))
     out_rows = g.out_height & ~1 if g.pool else g.out_height
     bands = ceil_div(out_rows, 2)
-    ends = [
-        ((y >> g.pool) * g.units[1] * g.outputs, (y, 0)) for y in range(2, out_rows, 2)
-    ]
+    ends = [((y >> g.pool) * g.units[1] * g.outputs, (y, 0)) for y in range(2, out_rows, 2)]
     groups = half // GROUP
     band_columns = bands * rows * step * columns
     features = {
@@ -266,9 +264,10 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     return Stored("conv_sparse", {}, arrays, scratch, in_place, features, passes)
 
 
-def conv_depthwise(g: Geometry, weight: np.ndarray) -> Stored:
+def conv_depthwise(g: Geometry, weight: np.ndarray, room: int | None = None) -> Stored:
+    """`room`: bytes of scratch; where they hold four channels, those are unpacked at once."""
     words = ceil_div(g.width + 2 * g.pad_x, 2) * (g.height + 2 * g.pad_y)
-    four = g.inputs == g.outputs and g.inputs % 4 == 0 and 16 * words <= DEPTHWISE_BYTES
+    four = g.inputs == g.outputs and g.inputs % 4 == 0 and 16 * words <= (room or DEPTHWISE_BYTES)
     fast = g.kernel_height == g.kernel_width == 3 and g.stride_x <= 2
     features = {
         "channel": g.outputs,
@@ -289,12 +288,15 @@ def conv_choices(
     weight: np.ndarray,
     groups: int,
     image: bool,
-    scratch_bytes: int = DIRECT_BYTES,
+    room: int | None = None,
 ) -> list[Stored]:
-    """Every kernel that takes a convolution, the dense ones first; `image`: its input is signed."""
+    """Every kernel that takes a convolution, the dense ones first.
+
+    image: its input is signed. room: bytes of scratch that it may take, instead of each kernel's own.
+    """
     if groups > 1:
-        return [conv_depthwise(g, weight)]
-    dense = [conv_direct(g, weight, scratch_bytes)]
+        return [conv_depthwise(g, weight, room)]
+    dense = [conv_direct(g, weight, room)]
     if winograd_takes(g) and not image:
         dense.append(conv_winograd(g, weight))
     return [*dense, conv_sparse(g, weight)]

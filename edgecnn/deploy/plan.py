@@ -13,7 +13,6 @@ import numpy as np
 
 from edgecnn.deploy.integer import IntegerNode, flat_maps, hwc_columns, integer_nodes
 from edgecnn.deploy.kernels import (
-    DIRECT_BYTES,
     Stored,
     chosen,
     conv_choices,
@@ -33,7 +32,7 @@ class Step:
     """One call of a kernel. `node` is the user's name for it; `inputs` and `output` name values.
 
     members, arrays: of the layer's struct. add: the numbers of an add_t. over: the inputs that the
-    output may take the place of.
+    output may take the place of. features: what the kernel does how often; see kernels.Stored.
     """
 
     node: str
@@ -46,6 +45,7 @@ class Step:
     scratch_bytes: int = 0
     over: tuple[str, ...] = ()
     weight_bytes_read: int = 0
+    features: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def add_scales(n: IntegerNode, first: str) -> tuple:
     return scale_a, scale_b, zero_a, zero_b, n.zero
 
 
-def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, room: int) -> Step:
-    """`fused`: the pool or addition behind it. room: bytes of scratch that a direct one may fill."""
+def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, room) -> Step:
+    """`fused`: the pool or addition behind it. room: bytes of scratch, or None; see conv_choices."""
     pool = fused is not None and fused.node.op == "max_pool"
     g = geometry(n, shape, pool)
     stored = chosen(conv_choices(g, n.weight, n.node.options["groups"], flip, room), storage)
@@ -145,6 +145,7 @@ def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, roo
         stored.scratch_bytes,
         over,
         stored.weight_bytes_read,
+        stored.features,
     )
 
 
@@ -166,6 +167,7 @@ def linear_step(n: IntegerNode, columns: tuple | None, storage: str) -> Step:
         stored.scratch_bytes,
         over,
         stored.weight_bytes_read,
+        stored.features,
     )
 
 
@@ -223,10 +225,10 @@ def residuals(fused: dict[str, IntegerNode]) -> set[str]:
     return {f.node.name for f in fused.values()}
 
 
-def steps_of(checkpoint: dict, storage: str, rooms: dict[str, int]) -> tuple[Graph, list[Step]]:
+def steps_of(checkpoint: dict, storage: str, rooms: dict) -> tuple[Graph, list[Step]]:
     """The steps of an int8 checkpoint; values bear the names of the nodes that give them.
 
-    rooms: {node: bytes that it may fill with positions} of direct convolutions, where not the default.
+    rooms: {conv: bytes of scratch that it may take}, of those that may take more than they must.
 
     storage: `fastest`, `dense` or `sparse`; see kernels.chosen. Raises UserError where the checkpoint's
     numbers do not fit its network.
@@ -247,7 +249,7 @@ def steps_of(checkpoint: dict, storage: str, rooms: dict[str, int]) -> tuple[Gra
             continue
         last = fused.get(name, n)  # whose range and name the value has
         if op == "conv":
-            signed, room = flip and INPUT in n.node.inputs, rooms.get(name, DIRECT_BYTES)
+            signed, room = flip and INPUT in n.node.inputs, rooms.get(name)
             made = conv_step(n, shape, fused.get(name), signed, storage, room)
         elif op == "linear":
             made = linear_step(n, maps.get(n.node.inputs[0]), storage)
@@ -297,7 +299,9 @@ def placed(uses: list[Use], order: list[int]) -> tuple[int, list[int]]:
     """(peak, offsets): each place in turn as low as those before it allow."""
     offsets: dict[int, int] = {}
     for at in order:
-        others = [(uses[i], offset) for i, offset in offsets.items() if uses[i].keys() & uses[at].keys()]
+        others = [
+            (uses[i], offset) for i, offset in offsets.items() if uses[i].keys() & uses[at].keys()
+        ]
         tops = {offset + size for other, offset in others for size in other.values()}
         offsets[at] = next(
             offset
@@ -363,15 +367,15 @@ def arranged(graph: Graph, steps: list[Step]) -> tuple[Plan, dict[int, int]]:
 
 
 def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
-    """The plan of an int8 checkpoint: the smallest arena, which direct convolutions then fill.
+    """The plan of an int8 checkpoint: a small arena, which dense convolutions then fill.
 
     Raises UserError where the checkpoint's numbers do not fit its network.
     """
     plan, in_use = arranged(*steps_of(checkpoint, storage, {}))
     rooms = {
-        step.node: DIRECT_BYTES + plan.arena_bytes - in_use[at]
+        step.node: step.scratch_bytes + plan.arena_bytes - in_use[at]
         for at, step in enumerate(plan.steps)
-        if step.kernel == "conv_direct"
+        if step.kernel in ("conv_direct", "conv_depthwise")
     }
     roomy, _ = arranged(*steps_of(checkpoint, storage, rooms))
     return roomy if roomy.arena_bytes <= plan.arena_bytes else plan
