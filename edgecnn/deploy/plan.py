@@ -1,0 +1,381 @@
+"""What the firmware does, step by step, and where everything lies in memory.
+
+A step calls one kernel. A convolution takes along the 2x2 max pool or the residual addition behind it,
+so that the larger map never exists. Buffers and scratch share one static arena whose offsets are
+decided here; a step writes over an input that nobody reads later, where its kernel allows it.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from edgecnn.deploy.integer import IntegerNode, flat_maps, hwc_columns, integer_nodes
+from edgecnn.deploy.kernels import (
+    Stored,
+    chosen,
+    conv_choices,
+    geometry,
+    linear_choices,
+)
+from edgecnn.graph import INPUT, Graph, from_plain, shapes_of
+
+FLIP = 0x80808080  # four bytes of q from four of int8 = q - 128
+HIGHEST = 255
+ALIGNMENT = 8
+ORDERS = 50  # of placing buffers that are tried
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a kernel. `node` is the user's name for it; `inputs` and `output` name values.
+
+    members, arrays: of the layer's struct. add: the numbers of an add_t. over: the inputs that the
+    output may take the place of. features: what the kernel does how often; see kernels.Stored.
+    """
+
+    node: str
+    kernel: str
+    inputs: tuple[str, ...]
+    output: str
+    members: dict = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    add: tuple | None = None
+    scratch_bytes: int = 0
+    over: tuple[str, ...] = ()
+    weight_bytes_read: int = 0
+    features: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order; sizes and offsets in bytes of the arena's values, and each step's scratch."""
+
+    graph: Graph
+    steps: list[Step]
+    sizes: dict[str, int]
+    offsets: dict[str, int]
+    scratch_offsets: list[int]
+    arena_bytes: int
+
+    @property
+    def output(self) -> str:
+        return self.steps[-1].output
+
+
+# ---- steps -------------------------------------------------------------------------------------
+
+
+def is_pool_2x2(n: IntegerNode) -> bool:
+    """Whether a node is the pool that convolutions take along."""
+    o = n.node.options
+    whole = n.node.op == "max_pool" and list(o["kernel"]) == list(o["stride"]) == [2, 2]
+    return whole and list(o["padding"]) == [0, 0]
+
+
+def clamps(n: IntegerNode) -> bool:
+    """Whether a node's range is narrower than a byte's."""
+    return (n.low, n.high) != (0, HIGHEST)
+
+
+def fusions(nodes: list[IntegerNode]) -> dict[str, IntegerNode]:
+    """{conv: the pool or addition behind it that it takes along}."""
+    order = {INPUT: -1} | {n.node.name: at for at, n in enumerate(nodes)}
+    users = {n.node.name: [u for u in nodes if n.node.name in u.node.inputs] for n in nodes}
+    found, taken = {}, set()
+    for n in nodes:
+        name, following = n.node.name, users[n.node.name]
+        if n.node.op != "conv" or len(following) != 1 or following[0].node.name in taken:
+            continue
+        (user,) = following
+        if is_pool_2x2(user) and n.node.options["groups"] == 1:
+            found[name] = user
+        elif user.node.op == "add" and not clamps(n):
+            other = [i for i in user.node.inputs if i != name]
+            if other and order[other[0]] < order[name]:
+                found[name] = user
+        if name in found:
+            taken.add(user.node.name)
+    return found
+
+
+def requantizer(n: IntegerNode) -> tuple[dict, dict[str, np.ndarray]]:
+    """(members, arrays) of a conv's or linear's requantize_t."""
+    arrays = {"multiplier": n.multiplier, "bias": n.bias}
+    if n.zeros[0]:
+        sums = n.weight.reshape(len(n.weight), -1).astype(np.int64).sum(axis=1)
+        arrays["offset"] = (-n.zeros[0] * sums).astype(np.int32)
+    return {"zero": n.zero}, arrays
+
+
+def add_scales(n: IntegerNode, first: str) -> tuple:
+    """(scale a, scale b, zero a, zero b, zero) of an addition whose a is `first`."""
+    scales = list(zip(n.multiplier.tolist(), n.zeros, strict=True))
+    if n.node.inputs[0] != first:
+        scales.reverse()
+    (scale_a, zero_a), (scale_b, zero_b) = scales
+    return scale_a, scale_b, zero_a, zero_b, n.zero
+
+
+def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, room) -> Step:
+    """`fused`: the pool or addition behind it. room: bytes of scratch, or None; see conv_choices."""
+    pool = fused is not None and fused.node.op == "max_pool"
+    g = geometry(n, shape, pool)
+    stored = chosen(conv_choices(g, n.weight, n.node.options["groups"], flip, room), storage)
+    requantize, constants = requantizer(n)
+    members = {**g._asdict(), **stored.members, "flip": FLIP if flip else 0}
+    members |= {"zero": n.zeros[0] * 0x01010101, "requantize": requantize}
+    (source,), output, name, add = n.node.inputs, n.node.name, n.node.name, None
+    inputs, over = (source,), (source,) if stored.in_place else ()
+    if fused is not None:
+        output = fused.node.name
+    if fused is not None and not pool:
+        (residual,) = (i for i in fused.node.inputs if i != name)
+        add = add_scales(fused, name)
+        inputs, over = (source, residual), (residual,) if residual != source else ()
+    return Step(
+        name,
+        stored.kernel,
+        inputs,
+        output,
+        members,
+        stored.arrays | constants,
+        add,
+        stored.scratch_bytes,
+        over,
+        stored.weight_bytes_read,
+        stored.features,
+    )
+
+
+def linear_step(n: IntegerNode, columns: tuple | None, storage: str) -> Step:
+    """`columns`: the map (C, H, W) that the input's features once were, where that matters."""
+    weight = hwc_columns(n.weight, columns[0]) if columns else n.weight
+    stored: Stored = chosen(linear_choices(weight), storage)
+    requantize, constants = requantizer(n)
+    members = {"inputs": weight.shape[1], "outputs": len(weight), "requantize": requantize}
+    arrays, over = stored.arrays | constants, n.node.inputs if stored.in_place else ()
+    return Step(
+        n.node.name,
+        stored.kernel,
+        n.node.inputs,
+        n.node.name,
+        members,
+        arrays,
+        None,
+        stored.scratch_bytes,
+        over,
+        stored.weight_bytes_read,
+        stored.features,
+    )
+
+
+def pool_step(n: IntegerNode, shape: tuple[int, ...]) -> Step:
+    (channels, height, width), (_, out_height, out_width) = shape, n.shape
+    o = n.node.options
+    kernel = o.get("kernel", (height, width))  # a global pool is one window
+    (kernel_height, kernel_width), (stride_y, stride_x) = kernel, o.get("stride", kernel)
+    pad_y, pad_x = o.get("padding", (0, 0))
+    members = {
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "out_height": out_height,
+        "out_width": out_width,
+        "kernel_height": kernel_height,
+        "kernel_width": kernel_width,
+        "stride_y": stride_y,
+        "stride_x": stride_x,
+        "pad_y": pad_y,
+        "pad_x": pad_x,
+    }
+    kernel = "max_pool"
+    if n.node.op != "max_pool":
+        kernel = "avg_pool"
+        members |= {"zero": n.zero, "reciprocal": n.multiplier.item()}
+    return Step(n.node.name, kernel, n.node.inputs, n.node.name, members)
+
+
+def add_step(n: IntegerNode) -> Step:
+    count, scales = math.prod(n.shape), add_scales(n, n.node.inputs[0])
+    name, inputs = n.node.name, n.node.inputs
+    return Step(name, "add", inputs, name, {"count": count}, add=scales, over=inputs)
+
+
+def clamp_step(n: IntegerNode, source: str) -> Step:
+    members = {"count": math.prod(n.shape), "low": n.low, "high": n.high}
+    name = n.node.name
+    return Step(name, "clamp", (source,), name, members, over=(source,))
+
+
+def flip_step(source: str, output: str, shape: tuple[int, ...], over=()) -> Step:
+    return Step(source, "flip_signs", (source,), output, {"count": math.prod(shape)}, over=over)
+
+
+def takes_image(nodes: list[IntegerNode], fused: dict[str, IntegerNode]) -> bool:
+    """Whether all that reads the image can read it signed, as it comes: convolutions can."""
+    readers = [n for n in nodes if INPUT in n.node.inputs and n.node.name not in residuals(fused)]
+    return all(n.node.op == "conv" for n in readers) and not any(
+        INPUT in f.node.inputs for f in fused.values()
+    )
+
+
+def residuals(fused: dict[str, IntegerNode]) -> set[str]:
+    return {f.node.name for f in fused.values()}
+
+
+def steps_of(checkpoint: dict, storage: str, rooms: dict) -> tuple[Graph, list[Step]]:
+    """The steps of an int8 checkpoint; values bear the names of the nodes that give them.
+
+    rooms: {conv: bytes of scratch that it may take}, of those that may take more than they must.
+
+    storage: `fastest`, `dense` or `sparse`; see kernels.chosen. Raises UserError where the checkpoint's
+    numbers do not fit its network.
+    """
+    nodes, graph = integer_nodes(checkpoint), from_plain(checkpoint["graph"])
+    shapes, maps, fused = shapes_of(graph), flat_maps(graph), fusions(nodes)
+    behind = {f.node.name for f in fused.values()}
+    flip, steps, alias = takes_image(nodes, fused), [], {}
+    if not flip:
+        steps.append(flip_step(INPUT, "image", shapes[INPUT]))
+        alias[INPUT] = "image"
+    for n in nodes:
+        name, op, shape = n.node.name, n.node.op, shapes[n.node.inputs[0]]
+        if name in behind:
+            continue
+        if op == "flatten":
+            alias[name] = alias.get(n.node.inputs[0], n.node.inputs[0])
+            continue
+        last = fused.get(name, n)  # whose range and name the value has
+        if op == "conv":
+            signed, room = flip and INPUT in n.node.inputs, rooms.get(name)
+            made = conv_step(n, shape, fused.get(name), signed, storage, room)
+        elif op == "linear":
+            made = linear_step(n, maps.get(n.node.inputs[0]), storage)
+        elif op == "add":
+            made = add_step(n)
+        elif op in ("relu", "relu6"):
+            made = clamp_step(n, n.node.inputs[0])
+        else:
+            made = pool_step(n, shape)
+        made = renamed(made, alias)
+        limited = n if clamps(n) else last
+        if clamps(limited) and op not in ("relu", "relu6"):
+            raw = f"{made.output} unclamped"
+            steps.append(replace(made, output=raw))
+            made = clamp_step(limited._replace(shape=last.shape), raw)
+            made = replace(made, node=name, output=last.node.name)
+        steps.append(made)
+    return graph, steps
+
+
+def renamed(step: Step, alias: dict[str, str]) -> Step:
+    """The step on the values that hold what its inputs name."""
+    inputs, over = (tuple(alias.get(i, i) for i in names) for names in (step.inputs, step.over))
+    return replace(step, inputs=inputs, over=over)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+# Bytes of one place of the arena by step: {step: bytes in use while it runs}.
+Use = dict[int, int]
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def clash(use: Use, offset: int, other: Use, other_offset: int) -> bool:
+    """Whether two places share a byte while both are in use."""
+    return any(
+        offset < other_offset + other[step] and other_offset < offset + use[step]
+        for step in use.keys() & other.keys()
+    )
+
+
+def placed(uses: list[Use], order: list[int]) -> tuple[int, list[int]]:
+    """(peak, offsets): each place in turn as low as those before it allow."""
+    offsets: dict[int, int] = {}
+    for at in order:
+        others = [
+            (uses[i], offset) for i, offset in offsets.items() if uses[i].keys() & uses[at].keys()
+        ]
+        tops = {offset + size for other, offset in others for size in other.values()}
+        offsets[at] = next(
+            offset
+            for offset in sorted({0} | tops)
+            if not any(clash(uses[at], offset, *other) for other in others)
+        )
+    peak = max((offsets[at] + max(uses[at].values()) for at in order), default=0)
+    return peak, [offsets[at] for at in range(len(uses))]
+
+
+def arrange(uses: list[Use]) -> tuple[int, list[int]]:
+    """(peak, offsets) of the best of several orders: large first, and shuffles of that.
+
+    No order beats the largest sum of what is in use at once; where one reaches it, that is taken.
+    """
+    total: dict[int, int] = {}
+    for use in uses:
+        for step, size in use.items():
+            total[step] = total.get(step, 0) + size
+    order = sorted(range(len(uses)), key=lambda at: -max(uses[at].values()))
+    best, shuffle = placed(uses, order), random.Random(0)
+    for _ in range(ORDERS):
+        if best[0] == max(total.values(), default=0):
+            break
+        shuffle.shuffle(order)
+        best = min(best, placed(uses, order), key=lambda found: found[0])
+    return best
+
+
+def sizes_of(graph: Graph, steps: list[Step]) -> dict[str, int]:
+    """{value: bytes} of all that steps read or write."""
+    shapes = shapes_of(graph)
+    names = {name for step in steps for name in (*step.inputs, step.output)}
+    kept = {"image": INPUT}
+    return {n: math.prod(shapes[kept.get(n, n.removesuffix(" unclamped"))]) for n in names}
+
+
+def arranged(graph: Graph, steps: list[Step]) -> tuple[Plan, dict[int, int]]:
+    """(the plan of steps, {step: bytes in use while it runs})."""
+    sizes, outside = sizes_of(graph, steps), (INPUT, steps[-1].output)
+    first = {step.output: at for at, step in enumerate(steps)}
+    last = {name: at for at, step in enumerate(steps) for name in (*step.inputs, step.output)}
+    shares: dict[str, str] = {}  # value -> the one whose place it takes
+    for at, step in enumerate(steps):
+        free = [name for name in step.over if last[name] == at and name not in outside]
+        if free and step.output not in outside:
+            shares[step.output] = shares.get(free[0], free[0])
+    owners = [name for name in first if name not in shares and name not in outside]
+    uses: list[Use] = []
+    for owner in owners:
+        group = [owner, *(name for name, place in shares.items() if place == owner)]
+        use: Use = {}
+        for name in group:
+            for at in range(first[name], last[name] + 1):
+                use[at] = max(use.get(at, 0), aligned(sizes[name]))
+        uses.append(use)
+    uses += [{at: aligned(step.scratch_bytes)} for at, step in enumerate(steps)]
+    peak, offsets = arrange(uses)
+    places = dict(zip(owners, offsets, strict=False))
+    places |= {name: places[place] for name, place in shares.items()}
+    in_use = {at: sum(use.get(at, 0) for use in uses) for at in range(len(steps))}
+    return Plan(graph, steps, sizes, places, offsets[len(owners) :], peak), in_use
+
+
+def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
+    """The plan of an int8 checkpoint: a small arena, which dense convolutions then fill.
+
+    Raises UserError where the checkpoint's numbers do not fit its network.
+    """
+    plan, in_use = arranged(*steps_of(checkpoint, storage, {}))
+    rooms = {
+        step.node: step.scratch_bytes + plan.arena_bytes - in_use[at]
+        for at, step in enumerate(plan.steps)
+        if step.kernel in ("conv_direct", "conv_depthwise")
+    }
+    roomy, _ = arranged(*steps_of(checkpoint, storage, rooms))
+    return roomy if roomy.arena_bytes <= plan.arena_bytes else plan

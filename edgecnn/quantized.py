@@ -1,0 +1,328 @@
+"""INT8 by torch: calibrating a deployed graph, and running it on torch's integer kernels.
+
+Activations are unsigned 8 bit, per tensor; weights are symmetric in [-127, 127], one scale an
+output channel for conv and one in all for linear. `quantize` is the only place that calibrates:
+another calibrator has to give the same two values. A zero weight stays zero.
+"""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.ao import quantization as tq
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
+from torch.nn import functional as F
+
+from edgecnn.files import UserError
+from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
+
+SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
+HIGHEST = 255
+ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
+
+# Quantized tensors work in the pinned torch, which says that they will go.
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+
+
+def set_engine(engine: str) -> None:
+    """Select torch's quantized engine; raises UserError when this build lacks it."""
+    supported = [name for name in torch.backends.quantized.supported_engines if name != "none"]
+    if engine not in supported:
+        raise UserError(f"this torch has no engine {engine}; it has {', '.join(supported)}")
+    torch.backends.quantized.engine = engine
+
+
+def relu6_high(scale: float, zero_point: int) -> int:
+    """The largest q that ReLU6 leaves."""
+    return min(HIGHEST, zero_point + round(6 / scale))
+
+
+# ---- calibrating -------------------------------------------------------------------------------
+
+
+def float_value(node: Node, inputs: list[torch.Tensor], tensors: dict) -> torch.Tensor:
+    """A node of a deployed graph in floating point, on a batch."""
+    o, (x, *_) = node.options, inputs
+    match node.op:
+        case "conv":
+            weight, bias = tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"]
+            x = F.conv2d(x, weight, bias, o["stride"], o["padding"], 1, o["groups"])
+        case "linear":
+            x = F.linear(x, tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"])
+        case "add":
+            x = inputs[0] + inputs[1]
+        case "max_pool":
+            x = F.max_pool2d(x, o["kernel"], o["stride"], o["padding"])
+        case "avg_pool":
+            x = F.avg_pool2d(x, o["kernel"], o["stride"])
+        case "global_avg_pool":
+            x = F.adaptive_avg_pool2d(x, 1)
+        case "flatten":
+            x = x.flatten(1)
+        case "relu" | "relu6":
+            pass
+        case _:
+            raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
+    activation = node.op if node.op in ("relu", "relu6") else o.get("activation", "none")
+    return {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](x)
+
+
+def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool) -> dict:
+    """{name: {scale, zero_point}} of the image and of all that is requantized, by histograms.
+
+    batches: float32 (N, C, H, W), normalized. reduce_range: leave the eighth bit unused.
+    """
+    names = [INPUT, *(node.name for node in graph.nodes if node.op in ACTIVATED)]
+    highest = HIGHEST // 2 if reduce_range else HIGHEST
+    observers = {name: tq.HistogramObserver(quant_min=0, quant_max=highest) for name in names}
+    last_use = {name: node.name for node in graph.nodes for name in node.inputs}
+    for batch in batches:
+        values = {INPUT: observers[INPUT](batch)}
+        for node in graph.nodes:
+            values[node.name] = float_value(node, [values[n] for n in node.inputs], tensors)
+            if node.name in observers:
+                observers[node.name](values[node.name])
+            for name in set(node.inputs):
+                if last_use[name] == node.name:
+                    del values[name]
+    found = {}
+    for name, observer in observers.items():
+        scale, zero_point = observer.calculate_qparams()
+        found[name] = {"scale": float(scale), "zero_point": int(zero_point)}
+    return found
+
+
+def quantized_weight(values: torch.Tensor, per_channel: bool) -> tuple[torch.Tensor, list[float]]:
+    """(int8 of the same shape, scales) of a float weight: symmetric, never -128."""
+    symmetric = {"dtype": torch.qint8, "quant_min": -127, "quant_max": 127}
+    if per_channel:
+        observer = tq.PerChannelMinMaxObserver(qscheme=torch.per_channel_symmetric, **symmetric)
+        observer(values)
+        scales, zeros = observer.calculate_qparams()
+        integers = torch.quantize_per_channel(values, scales.double(), zeros, 0, torch.qint8)
+    else:
+        observer = tq.MinMaxObserver(qscheme=torch.per_tensor_symmetric, **symmetric)
+        observer(values)
+        scales, zeros = observer.calculate_qparams()
+        integers = torch.quantize_per_tensor(values, float(scales), 0, torch.qint8)
+    return integers.int_repr(), scales.reshape(-1).tolist()
+
+
+def least_scale(integers, scales: list[float], bias, input_scale: float) -> float:
+    """The output scale below which a conv or linear could overflow the kernels' arithmetic.
+
+    It matters for outputs that are all but zero on every calibration image; a wider one is as exact.
+    """
+    sums = HIGHEST * integers.flatten(1).double().abs().sum(1)  # (O,)
+    largest = sums * input_scale * torch.tensor(scales, dtype=torch.float64) + bias.double().abs()
+    return largest.max().item() / (ROUNDING_LIMIT / 2)
+
+
+@torch.no_grad()
+def quantize(graph: Graph, tensors: dict, batches: Iterable, engine: str) -> tuple[dict, dict]:
+    """(int8 weights and float32 biases, quantization) of a deployed graph, as a checkpoint holds them.
+
+    batches: float32 (N, C, H, W) normalized images that set the activations' ranges. engine: the
+    torch kernels it is for; x86's 8-bit dot product saturates without VNNI, and torch's defaults
+    spare it the eighth bit. Raises UserError when this torch lacks the engine.
+    """
+    set_engine(engine)
+    activations = calibrate(graph, tensors, batches, engine in ("fbgemm", "x86"))
+    stored, weights = {}, {}
+    for node in graph.nodes:
+        if node.op not in ACTIVATED:  # in running order, so that its input's are known
+            activations[node.name] = activations[node.inputs[0]]
+            continue
+        own = activations[node.name]
+        if node.op in WEIGHTED:
+            weight, bias = (tensors[f"{node.name}.{key}"].detach() for key in ("weight", "bias"))
+            integers, weights[node.name] = quantized_weight(weight, node.op == "conv")
+            stored |= {f"{node.name}.weight": integers, f"{node.name}.bias": bias}
+            input_scale = activations[node.inputs[0]]["scale"]
+            least = least_scale(integers, weights[node.name], bias, input_scale)
+        else:
+            least = sum(activations[name]["scale"] for name in node.inputs) * HIGHEST
+            least /= ROUNDING_LIMIT / 2
+        own["scale"] = max(own["scale"], least)
+    order = [INPUT, *(node.name for node in graph.nodes)]
+    activations = {name: dict(activations[name]) for name in order}
+    return stored, {"engine": engine, "activations": activations, "weights": weights}
+
+
+# ---- running -----------------------------------------------------------------------------------
+
+
+class Add(nn.Module):
+    """Two quint8 tensors of any scales added to one of its own, with ReLU where it is fused."""
+
+    def __init__(self, scale: float, zero_point: int, relu: bool):
+        super().__init__()
+        self.scale, self.zero_point = scale, zero_point
+        self.add = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
+
+    def forward(self, a, b):
+        return self.add(a, b, self.scale, self.zero_point)
+
+
+def relu6(x: torch.Tensor) -> torch.Tensor:
+    """ReLU6 of quint8; torch's QNNPACK kernel for it mixes up the values of a channels-last map."""
+    return torch.ops.quantized.relu6(x.contiguous())
+
+
+class ReLU6(nn.Module):
+    """A ReLU6 that is no part of another node."""
+
+    def forward(self, x):
+        return relu6(x)
+
+
+def packed_weight(values: torch.Tensor, scales: list[float]) -> torch.Tensor:
+    """A qint8 tensor from its integers and its one scale, or one scale an output channel."""
+    if len(scales) == 1:
+        return torch._make_per_tensor_quantized_tensor(values, scales[0], 0)
+    zero_points = torch.zeros(len(scales), dtype=torch.int64)
+    scales = torch.tensor(scales, dtype=torch.float64)
+    return torch._make_per_channel_quantized_tensor(values, scales, zero_points, 0)
+
+
+def weighted_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
+    """torch's quantized convolution or linear layer of a node, packed for the selected engine."""
+    o, values = node.options, tensors[f"{node.name}.weight"]
+    relu = o.get("activation", "none") != "none"
+    if node.op == "conv":
+        kind = nniq.ConvReLU2d if relu else nnq.Conv2d
+        window = {key: tuple(o[key]) for key in ("stride", "padding")}
+        inputs, kernel = values.shape[1] * o["groups"], tuple(o["kernel"])
+        module = kind(inputs, o["outputs"], kernel, groups=o["groups"], **window)
+    else:
+        module = (nniq.LinearReLU if relu else nnq.Linear)(values.shape[1], o["outputs"])
+    weight = packed_weight(values, quantization["weights"][node.name])
+    module.set_weight_bias(weight, tensors[f"{node.name}.bias"])
+    own = quantization["activations"][node.name]
+    module.scale, module.zero_point = own["scale"], own["zero_point"]
+    return module
+
+
+def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
+    """The module that runs a node on quint8 tensors."""
+    o = node.options
+    match node.op:
+        case "conv" | "linear":
+            return weighted_module(node, tensors, quantization)
+        case "add":
+            own = quantization["activations"][node.name]
+            relu = o.get("activation", "none") != "none"
+            return Add(own["scale"], own["zero_point"], relu)
+        case "max_pool":
+            return nn.MaxPool2d(tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+        case "avg_pool":
+            return nn.AvgPool2d(tuple(o["kernel"]), tuple(o["stride"]))
+        case "global_avg_pool":
+            return nn.AdaptiveAvgPool2d(1)
+        case "relu":
+            return nn.ReLU()
+        case "relu6":
+            return ReLU6()
+        case "flatten":
+            return nn.Flatten()
+    raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
+
+
+def place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` the submodule of a dotted name, whatever names nn.Module itself uses."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        root = root._modules.setdefault(parent, nn.Module())
+    module._modules |= root._modules[last]._modules if last in root._modules else {}
+    root._modules[last] = module
+
+
+def ran(node: Node, module: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """What a node's module gives; of an activation that is part of it torch fuses ReLU alone."""
+    value = module(*inputs)
+    if node.options.get("activation") != "relu6":
+        return value
+    at_end = relu6_high(value.q_scale(), value.q_zero_point()) == HIGHEST
+    return value if at_end else relu6(value)
+
+
+class Int8Network(nn.Module):
+    """A quantized graph on torch's kernels: normalized (N, C, H, W) floats -> (N, classes) floats.
+
+    The submodules are the nodes', under their names.
+    """
+
+    def __init__(self, graph: Graph, tensors: dict, quantization: dict):
+        super().__init__()
+        image = quantization["activations"][INPUT]
+        self.image_scale, self.image_zero_point = image["scale"], image["zero_point"]
+        modules = [node_module(node, tensors, quantization) for node in graph.nodes]
+        self.steps = list(zip(graph.nodes, modules, strict=True))
+        for node, module in self.steps:
+            place(self, node.name, module)
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """The quint8 logits (N, classes)."""
+        image = self.image_scale, self.image_zero_point, torch.quint8
+        values = {INPUT: torch.quantize_per_tensor(x, *image)}
+        for node, module in self.steps:
+            values[node.name] = ran(node, module, [values[name] for name in node.inputs])
+        return values[self.steps[-1][0].name]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quantized(x).dequantize()
+
+
+@torch.no_grad()
+def int8_module(checkpoint: dict, engine: str | None = None) -> Int8Network:
+    """The runnable network of an int8 checkpoint, for its own engine unless another is named.
+
+    Raises UserError when this torch lacks the engine or the tensors do not fit.
+    """
+    quantization = checkpoint["quantization"]
+    set_engine(engine or quantization["engine"])
+    try:
+        graph = from_plain(checkpoint["graph"])
+        model = Int8Network(graph, checkpoint["tensors"], quantization).eval()
+        model(torch.zeros(1, *graph.input_shape))  # what does not fit shows only in a forward
+        return model
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the checkpoint's tensors do not fit its network: {reason}") from None
+
+
+# ---- as devices read them ------------------------------------------------------------------------
+
+
+def signed(quantized: torch.Tensor) -> torch.Tensor:
+    """The int8 tensor of a quint8 one: the same real values, every zero point 128 lower."""
+    return (quantized.int_repr().to(torch.int16) - SIGNED_OFFSET).to(torch.int8)
+
+
+def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
+    """Normalized float (N, C, H, W) -> int8 of the same shape, as the network itself quantizes them."""
+    own = checkpoint["quantization"]["activations"][INPUT]
+    quantized = torch.quantize_per_tensor(images, own["scale"], own["zero_point"], torch.quint8)
+    return signed(quantized)
+
+
+@torch.no_grad()
+def integer_logits(model: Int8Network, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
+    """int8 (N, classes) logits for normalized float images (N, C, H, W)."""
+    return torch.cat([signed(model.quantized(part).flatten(1)) for part in images.split(batch)])
+
+
+def with_zeros(checkpoint: dict, share: float) -> dict:
+    """A copy whose smallest |weights| are zero, the same share in every layer; not fine-tuned.
+
+    Such a network predicts badly: it is for the cost of zeros, never for an accuracy.
+    """
+    tensors = dict(checkpoint["tensors"])
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            count = round(share * tensor.numel())
+            smallest = tensor.flatten().to(torch.int16).abs().argsort(stable=True)[:count]
+            tensors[name] = tensor.flatten().index_fill(0, smallest, 0).view(tensor.shape)
+    return {**checkpoint, "tensors": tensors}

@@ -1,0 +1,297 @@
+"""Generated C on this machine: networks bit for bit, memory by arithmetic, a folder that compiles."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from deploying import conv, differing_step, ended, random_checkpoint, random_images
+from torch import nn
+
+from edgecnn.capture import capture
+from edgecnn.checkpoint import load_checkpoint
+from edgecnn.deploy import c_source, kernels
+from edgecnn.deploy.integer import exact_logits, exact_values
+from edgecnn.deploy.plan import arrange, clash, planned
+from edgecnn.files import UserError
+from edgecnn.graph import INPUT, Graph, Node
+from edgecnn.networks import NETWORKS
+from edgecnn.rewrite import deployed
+from edgecnn.upgrade import upgraded_int8
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return c_source.compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
+
+
+def graph_of(module: nn.Module, shape) -> Graph:
+    return deployed(*capture(module.eval(), shape))[0]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return {
+        name: graph_of(one.make(one.classes, one.input_shape), one.input_shape)
+        for name, one in NETWORKS.items()
+    }
+
+
+class Bottleneck(nn.Module):
+    """MobileNetV2's block."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        wide = 3 * inputs
+        self.expand = nn.Sequential(nn.Conv2d(inputs, wide, 1), nn.ReLU6())
+        depthwise = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide)
+        self.project = nn.Sequential(depthwise, nn.ReLU6(), nn.Conv2d(wide, outputs, 1))
+        self.same = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        y = self.project(self.expand(x))
+        return x + y if self.same else y
+
+
+class OddResidual(nn.Module):
+    """Odd sizes, a 1x1 shortcut that runs before the main branch, and one that runs behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down, self.main = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, padding=1)
+        self.shortcut, self.last = nn.Conv2d(8, 12, 1, 2), nn.Conv2d(12, 12, 3, padding=1)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.shortcut(x) + self.main(torch.relu(self.down(x))))
+        return self.fc(torch.relu(self.last(x) + x).mean((2, 3)))
+
+
+def foreign() -> dict[str, tuple[nn.Module, tuple]]:
+    """Networks that no kernel was written for."""
+    lenet = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2))
+    lenet.extend([nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
+    lenet.extend([nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 10)])
+    vgg = nn.Sequential(nn.Conv2d(3, 10, 5, padding=2), nn.ReLU(), nn.Conv2d(10, 12, 5, padding=2))
+    vgg.extend([nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU()])
+    vgg.extend([nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(400, 9)])
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), Bottleneck(8, 8, 1))
+    wide.extend([Bottleneck(8, 12, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)])
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.ReLU(), nn.Linear(50, 7))
+    return {
+        "lenet": (lenet, (1, 28, 28)),
+        "vgg 5x5": (vgg, (3, 20, 20)),
+        "mobilenet v2": (wide, (3, 24, 24)),
+        "odd residual": (OddResidual(), (3, 27, 35)),
+        "linear alone": (mlp, (3, 8, 8)),
+    }
+
+
+# ---- the integers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.85])
+def test_shipped_networks_equal_exact_integers(library, shipped, zeros):
+    for name, graph in shipped.items():
+        checkpoint, image = random_checkpoint(graph, zeros=zeros), random_images(graph, 1)[0]
+        for storage in ("fastest", "sparse"):
+            plan = planned(checkpoint, storage)
+            assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
+
+
+@pytest.mark.parametrize("name", foreign())
+def test_foreign_networks_equal_exact_integers(library, name):
+    graph = graph_of(*foreign()[name])
+    for zeros, clamped, storage in (
+        (0.0, False, "dense"),
+        (0.8, True, "fastest"),
+        (0, 1, "sparse"),
+    ):
+        checkpoint = random_checkpoint(graph, 1, zeros, clamped)
+        image = random_images(graph, 1)[0]
+        plan = planned(checkpoint, storage)
+        assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
+
+
+def test_generated_file_equals_exact_integers_on_many_images(shipped):
+    checkpoint = random_checkpoint(shipped["resnet8"])
+    noise, levels = random_images(shipped["resnet8"], 20), torch.linspace(-100, 100, 20)
+    images = (0.2 * noise + levels.view(20, 1, 1, 1)).to(torch.int8)  # of other brightness
+    logits = c_source.host_logits(checkpoint, images)
+    assert torch.equal(logits, exact_logits(checkpoint, images))
+    assert len(logits.unique()) > 8
+
+
+def test_the_headline_network_equals_torchs_kernels():
+    path = REPOSITORY / "checkpoints/headline/pruned_93_energy_int8.pt"
+    checkpoint = upgraded_int8(load_checkpoint(path))
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = c_source.host_parity(checkpoint, images, ("qnnpack",))
+    assert found["exact_integers"]["bit_exact_images"] == 20
+    assert found["qnnpack"]["max_difference_lsb"] <= 2
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_resnet8_keeps_two_maps_and_the_scratch(shipped):
+    """The addition happens in place, so that the second stack takes most: one map of 32 x 32 x 16 and
+    two of 16 x 16 x 32 and Winograd's tiles of 32 channels."""
+    plan = planned(random_checkpoint(shipped["resnet8"]), "dense")
+    second = next(step for step in plan.steps if step.node == "stack1.second.conv")
+    assert second.output != "stack1.second.conv"  # it took the addition along
+    assert plan.offsets[second.output] == plan.offsets[second.inputs[1]]
+    winograd = (16 * 2 * 4 + 32) * 32 * 2 + 32
+    assert plan.arena_bytes == 32 * 32 * 16 + 2 * 16 * 16 * 32 + winograd
+
+
+def test_the_first_network_runs_in_place(shipped):
+    """Every convolution over its input; the largest use is the third one's, of 8 x 8 x 64 values."""
+    plan = planned(random_checkpoint(shipped["edgecnn"]), "dense")
+    assert {plan.offsets[step.output] for step in plan.steps[:-1]} == {0}
+    assert plan.arena_bytes == 8 * 8 * 64 + (16 * 2 * 4 + 32) * 64 * 2 + 64
+
+
+def test_nothing_in_use_overlaps(shipped):
+    for graph in shipped.values():
+        plan = planned(random_checkpoint(graph))
+        last = {name: at for at, s in enumerate(plan.steps) for name in (*s.inputs, s.output)}
+        first = {step.output: at for at, step in enumerate(plan.steps)}
+        for at, step in enumerate(plan.steps):
+            places = [(plan.scratch_offsets[at], step.scratch_bytes)]
+            for name in plan.offsets:
+                if first[name] <= at <= last[name] and not (name in step.over and last[name] == at):
+                    places.append((plan.offsets[name], plan.sizes[name]))
+            places.sort()
+            for (offset, size), (following, _) in zip(places, places[1:], strict=False):
+                assert offset + size <= following
+            assert places[-1][0] + places[-1][1] <= plan.arena_bytes
+
+
+def test_places_are_the_closed_form():
+    uses = [{0: 8, 1: 8}, {1: 16, 2: 16}, {2: 24}, {3: 40}]
+    peak, offsets = arrange(uses)
+    assert peak == 40  # the largest sum at one step: 16 + 24, or 40 alone
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    assert not any(clash(uses[i], offsets[i], uses[j], offsets[j]) for i, j in pairs)
+
+
+# ---- which kernel --------------------------------------------------------------------------------
+
+
+def test_the_fewest_instructions_decide():
+    few, many = np.ones((256, 2048), np.int8), np.zeros((256, 2048), np.int8)
+    many[:, ::50] = 1
+    assert kernels.chosen(kernels.linear_choices(few), "fastest").kernel == "linear_dense"
+    assert kernels.chosen(kernels.linear_choices(many), "fastest").kernel == "linear_sparse"
+
+
+def test_estimates_are_what_was_counted():
+    import json
+
+    for row in json.loads(kernels.COSTS.read_text())["layers"]:
+        assert abs(row["estimated"] / row["instructions"] - 1) < 0.03, row
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny():
+    """A network of one step whose class names are hostile."""
+    checkpoint = random_checkpoint(ended((3, 6, 5), conv("a", INPUT, 3, (3, 3), padding=(1, 1))))
+    checkpoint["data"]["classes"] = ['"); system("x', "a\\b\n??/", "Öl */"]
+    return checkpoint
+
+
+def test_text_of_a_file_is_an_escaped_string(tiny):
+    code = c_source.c_source(tiny).code
+    assert "system(" not in code and "??/" not in code and "a\\134b\\012\\077\\077\\057" in code
+    assert c_source.c_string("cat 9") == '"cat 9"'
+    assert c_source.c_string("1\x00\x019") == '"1\\000\\0019"'
+
+
+def test_pixels_become_what_torch_quantizes(tiny, tmp_path):
+    source = c_source.c_source(tiny)
+    library = c_source.compile_host([c_source.write_source(source, tmp_path)], tmp_path / "m.so")
+    pixels = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8)
+    found = torch.empty(6, 5, 3, dtype=torch.int8)
+    import ctypes
+
+    library.image_from_pixels.argtypes = [ctypes.c_void_p] * 2
+    library.image_from_pixels(pixels.data_ptr(), found.data_ptr())
+    own = tiny["quantization"]["activations"][INPUT]
+    real = (pixels.double() / 255 - 0.4) / 0.3
+    expected = (torch.round(real / own["scale"]) + own["zero_point"]).clamp(0, 255) - 128
+    assert (found.double() - expected).abs().max() <= 1  # float32 on a tie
+    assert (found.double() == expected).double().mean() > 0.95
+
+
+def test_exported_folder_compiles_by_itself_and_classifies(tiny, tmp_path):
+    c_source.export_folder(tiny, tmp_path / "c")
+    folder = tmp_path / "c"
+    files = sorted(map(str, folder.glob("*.c")))
+    subprocess.run(["cc", "-O1", *files, "-o", str(tmp_path / "classify")], check=True)
+    pixels = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8)
+    picture = tmp_path / "p.ppm"
+    picture.write_bytes(b"P6\n# made here\n5 6\n255\n" + pixels.numpy().tobytes())
+
+    def classify(path: Path):
+        command = [str(tmp_path / "classify"), str(path)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8")
+
+    done = classify(picture)
+    table = torch.from_numpy(c_source.pixel_table(tiny)).long()
+    image = torch.stack([table[c][pixels[..., c].long()] for c in range(3)])
+    logits = exact_logits(tiny, image[None].to(torch.int8))[0]
+    own = tiny["quantization"]["activations"]["logits"]
+    scores = (logits.double() + 128 - own["zero_point"]) * own["scale"]
+    assert done.returncode == 0 and "Öl */" in done.stdout
+    shown = [
+        float(line.split()[-1]) for line in done.stdout.strip().split("\n") if line[-1].isdigit()
+    ]
+    assert shown == pytest.approx(scores.tolist(), abs=1e-4)
+    picture.write_bytes(b"P6 6 6 255\n" + bytes(108))
+    wrong = classify(picture)
+    assert (
+        wrong.returncode == 1 and "5 x 6 pixels" in wrong.stderr and wrong.stderr.count("\n") == 1
+    )
+    assert classify(tmp_path / "none").returncode == 1
+
+
+def test_classes_must_be_the_logits(tiny):
+    tiny["data"]["classes"] = ["one"]
+    with pytest.raises(UserError, match="names 1 classes and gives 3 logits"):
+        c_source.c_source(tiny)
+
+
+def test_numbers_that_do_not_fit_are_user_errors(tiny):
+    tiny["quantization"]["activations"]["a"]["scale"] = 1e-9
+    with pytest.raises(UserError, match="a: .*overflow"):
+        c_source.c_source(tiny)
+
+
+def test_missing_and_failing_compilers_are_user_errors(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler is not installed"):
+        c_source.compile_host([], tmp_path / "x.so")
+    monkeypatch.delenv("CC")
+    (tmp_path / "bad.c").write_text("int f(void) { return; }")
+    with pytest.raises(UserError, match="failed with exit code 1: .*error"):
+        c_source.compile_host([tmp_path / "bad.c"], tmp_path / "x.so")
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_every_value_of_a_network_is_checked(library):
+    """The tests above compare each step that is named; a fused one bears the name of what it ends in."""
+    nodes = [conv("a", INPUT, 4, (3, 3), padding=(1, 1), activation="relu")]
+    nodes.append(conv("b", "a", 4, (3, 3), padding=(1, 1)))
+    graph = ended((3, 8, 8), *nodes, Node("c", "add", ("b", "a"), {"activation": "relu"}))
+    checkpoint = random_checkpoint(graph)
+    plan = planned(checkpoint)
+    assert [step.output for step in plan.steps] == ["a", "c", "mean"]
+    assert exact_values(checkpoint, random_images(graph, 1)).keys() >= {"a", "c", "mean"}

@@ -1,0 +1,179 @@
+"""The emulated Cortex-M: its integers, its exact counts, and the bars that the networks keep."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from deploying import random_checkpoint, random_images
+
+from edgecnn.capture import capture
+from edgecnn.checkpoint import load_checkpoint
+from edgecnn.deploy import c_source, cortex_m
+from edgecnn.deploy.integer import exact_logits
+from edgecnn.files import UserError
+from edgecnn.networks import NETWORKS
+from edgecnn.rewrite import deployed
+from edgecnn.upgrade import upgraded_int8
+
+needs_emulator = pytest.mark.skipif(
+    not all(map(shutil.which, (cortex_m.COMPILER, cortex_m.EMULATOR))), reason=cortex_m.INSTALL
+)
+IMAGES = torch.randint(
+    -128, 128, (3, 3, 32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def committed(name: str) -> dict:
+    return upgraded_int8(load_checkpoint(REPOSITORY / "checkpoints" / f"{name}_int8.pt"))
+
+
+def shipped(name: str, **options) -> tuple[dict, torch.Tensor]:
+    """(random checkpoint, images) of a shipped network."""
+    one = NETWORKS[name]
+    graph = deployed(*capture(one.make(one.classes, one.input_shape).eval(), one.input_shape))[0]
+    return random_checkpoint(graph, **options), random_images(graph, 2)
+
+
+def counted(checkpoint: dict, images: torch.Tensor, storage: str, folder: Path) -> tuple[dict, int]:
+    """({node: instructions}, bytes of RAM) of one inference, whose logits must be the exact ones."""
+    source = c_source.c_source(checkpoint, storage)
+    program = cortex_m.link(cortex_m.compile_objects(source, cortex_m.M4, folder), cortex_m.M4)
+    ran, layers = cortex_m.count_layers(cortex_m.M4, program, images)
+    assert torch.equal(ran["logits"], exact_logits(checkpoint, images))
+    ram = cortex_m.section_bytes(program)[".bss"] + ran["stack_bytes"]
+    return cortex_m.instructions_by_node(source, layers), ram
+
+
+@needs_emulator
+def test_first_network_dense(tmp_path):
+    counts, ram_bytes = counted(committed("reference/baseline"), IMAGES, "dense", tmp_path)
+    assert list(counts) == ["block1.conv", "block2.conv", "block3.conv", "fc1", "fc2"]
+    assert sum(counts.values()) <= 8.5e6
+    assert ram_bytes <= 29_000
+
+
+@needs_emulator
+def test_headline_network(tmp_path):
+    checkpoint = committed("headline/pruned_93_energy")
+    row = cortex_m.cortex_m_row(checkpoint, IMAGES)
+    assert row["m4_logits"] == exact_logits(checkpoint, IMAGES).tolist()
+    assert row["m4_instructions"] <= 4.9e6
+    assert row["m4_ram_bytes"] <= 17_200 and row["m4_flash_bytes"] <= 110_000
+    assert row["stm32f405_fits"]
+    assert sum(row["m4_instructions_per_layer"].values()) == row["m4_instructions"]
+    assert sum(row["m4_instructions_by_class"].values()) == row["m4_instructions"]
+    low, middle, high = (row[f"m4_cycles_modelled{end}"] for end in ("_low", "", "_high"))
+    assert row["m4_instructions"] < low < middle < high
+
+
+@needs_emulator
+def test_resnet8_dense(tmp_path):
+    counts, ram_bytes = counted(*shipped("resnet8"), "dense", tmp_path)
+    assert sum(counts.values()) <= 14.0e6  # CMSIS-NN: 29.87
+    assert ram_bytes <= 53_596
+
+
+@needs_emulator
+def test_ds_cnn_pointwise(tmp_path):
+    counts, _ = counted(*shipped("ds_cnn"), "dense", tmp_path)
+    pointwise = [count for node, count in counts.items() if "pointwise" in node]
+    assert sum(pointwise) <= 1.1 * 4 * 25 * 5 * 64 * 64
+
+
+@needs_emulator
+def test_what_exceeds_the_flash_does_not_fit(tmp_path):
+    checkpoint, images = shipped("ds_cnn")
+    source = c_source.c_source(checkpoint)
+    for count, fits in ((1 << 19, True), (1 << 20, False)):
+        weights = f"const signed char more[{count}] = {{1}};\n"
+        code = weights + source.code.replace("i % IMAGE_CHANNELS", "more[i] + i % IMAGE_CHANNELS")
+        code = code.replace("{\n    conv", "{\n    logits[0] = more[image[0] & 127];\n    conv", 1)
+        objects = cortex_m.compile_objects(source._replace(code=code), cortex_m.M4, tmp_path)
+        assert cortex_m.fits(objects, cortex_m.STM32F405) is fits
+    assert images.shape[1:] == (1, 49, 10)
+
+
+LOG = """\
+IN: run
+0x00000010:  f000 f806  bl       #0x20
+
+Trace 0: 0x7f0 [0/00000010/1/2] run
+IN: infer
+0x00000020:  b510       push     {r4, lr}
+0x00000022:  f000 f80d  bl       #0x40
+
+Trace 0: 0x7f1 [0/00000020/1/2] infer
+IN: conv_direct
+0x00000040:  6801       ldr      r1, [r0]
+0x00000042:  6842       ldr      r2, [r0, #4]
+0x00000044:  fb21 3002  smlad    r0, r1, r2, r3
+0x00000048:  d1fa       bne      #0x40
+
+Trace 0: 0x7f2 [0/00000040/1/2] conv_direct
+Trace 0: 0x7f2 [0/00000040/1/2] conv_direct
+IN: conv_direct
+0x0000004a:  4770       bx       lr
+
+Trace 0: 0x7f3 [0/0000004a/1/2] conv_direct
+IN: infer
+0x00000026:  e8bd 4010  pop.w    {r4, lr}
+0x0000002a:  f000 b80d  b.w      #0x60
+
+Trace 0: 0x7f4 [0/00000026/1/2] infer
+IN: linear_dense
+0x00000060:  4770       bx       lr
+
+Trace 0: 0x7f5 [0/00000060/1/2] linear_dense
+IN: run
+0x00000014:  4770       bx       lr
+
+Trace 0: 0x7f6 [0/00000014/1/2] run
+"""
+
+
+def test_trace_closed_form():
+    first, second = cortex_m.read_trace(LOG.splitlines(keepends=True))
+    assert cortex_m.instruction_classes(first) == {
+        "store": 1,
+        "load": 5,
+        "multiply": 2,
+        "branch_taken": 4,
+        "branch_not_taken": 1,
+    }
+    assert cortex_m.instruction_classes(second) == {"branch_taken": 1}
+    # push {2} 1 + 2; two rounds of ldr 2, ldr 1, smlad 1, bne 1; pop {2} 1 + 2; bl, bx, b.w 1 each;
+    # each of the four taken branches refills the pipeline in one cycle.
+    assert cortex_m.layer_cycles(first, cortex_m.ASSUMPTIONS["_low"]) == 3 + 2 * 5 + 3 + 3 + 4
+    assert cortex_m.layer_cycles(second, cortex_m.ASSUMPTIONS["_low"]) == 2
+
+
+@pytest.mark.parametrize(
+    "mnemonic, operands, branch",
+    [
+        ("pop", "{r4, pc}", True),
+        ("pop", "{r4, r5}", False),
+        ("ldr", "r0, [pc, #8]", False),
+        ("ldr.w", "pc, [r1, #8]", True),
+        ("bics", "r0, r1", False),
+        ("ble.w", "#0x10", True),
+        ("bfi", "r0, r1, #0, #1", False),
+        ("cbz", "r0, #0x10", True),
+    ],
+)
+def test_branches_are_told_from_the_rest(mnemonic, operands, branch):
+    assert cortex_m.is_branch(mnemonic, operands) is branch
+
+
+def test_missing_tools_are_not_measured(monkeypatch):
+    monkeypatch.setattr(cortex_m, "EMULATOR", "no-such-emulator")
+    with pytest.raises(cortex_m.NotInstalled, match="no-such-emulator"):
+        cortex_m.cortex_m_row({}, IMAGES)
+
+
+@needs_emulator
+def test_a_hanging_emulator_is_a_user_error(monkeypatch):
+    monkeypatch.setattr(cortex_m, "QEMU_TIMEOUT_S", 0.01)
+    with pytest.raises(UserError, match="did not finish"):
+        cortex_m.cortex_m_row(committed("headline/pruned_93_energy"), IMAGES)

@@ -1,0 +1,260 @@
+"""Files of any graph: standard ones, run by tflite-micro to the last bits, wholly on the NPU."""
+
+import numpy as np
+import pytest
+import torch
+from narrow import (
+    GRAPHS,
+    avg_pool,
+    conv,
+    device_images,
+    graph_of,
+    linear,
+    max_pool,
+    quantized,
+    random_tensors,
+    read_out,
+)
+
+from edgecnn import ethos_u
+from edgecnn.deploy.integer import exact_logits
+from edgecnn.deploy.tflite import (
+    MAX_BIAS,
+    integer_bias,
+    operators,
+    run_tflite,
+    side_padding,
+    tflite_micro,
+    write_tflite,
+)
+from edgecnn.files import UserError
+from edgecnn.graph import ACTIVATED, from_plain
+from edgecnn.quantized import int8_module, integer_logits, with_zeros
+
+# The operators in front of the read-out's FULLY_CONNECTED.
+OPERATORS = {
+    "conv 1x1": "CONV_2D",
+    "conv 3x3": "CONV_2D",
+    "conv 5x3 stride 2": "PAD CONV_2D",
+    "conv stride 1x2 padding 2": "PAD CONV_2D",
+    "depthwise": "DEPTHWISE_CONV_2D",
+    "depthwise stride 2": "PAD DEPTHWISE_CONV_2D",
+    "depthwise x2": "DEPTHWISE_CONV_2D",
+    "linear": "FULLY_CONNECTED FULLY_CONNECTED",
+    "linear relu6": "FULLY_CONNECTED",
+    "max_pool": "CONV_2D MAX_POOL_2D",
+    "max_pool padded": "CONV_2D PADV2 MAX_POOL_2D",
+    "max_pool padded relu": "CONV_2D PAD MAX_POOL_2D",
+    "avg_pool": "AVERAGE_POOL_2D",
+    "global_avg_pool": "CONV_2D AVERAGE_POOL_2D",
+    "relu alone": "CONV_2D RELU",
+    "relu6 alone": "CONV_2D RELU6 CONV_2D",
+    "add": "CONV_2D CONV_2D ADD",
+    "add relu": "CONV_2D CONV_2D ADD",
+    "add to itself": "ADD",
+}
+# Everything at once: residual, depthwise, ReLU6, odd sides, a flatten that has to be reordered.
+MIXED = graph_of(
+    (3, 13, 10),
+    conv(6, (5, 3), (2, 1), (2, 1), activation="relu6"),
+    conv(6, 3, 1, 1, groups=6, activation="relu6"),
+    conv(6, 1),
+    ("add", {"activation": "relu"}, ("n0", "n2")),
+    max_pool(3, 2, 1),
+    avg_pool(2, 1),
+    ("flatten", {}),
+    linear(9, "relu"),
+    linear(5),
+)
+
+
+def difference(checkpoint: dict) -> np.ndarray:
+    """|tflite-micro's logits - the exact ones|, on images that do not all give the same."""
+    images = device_images(checkpoint)
+    logits, arena_bytes = run_tflite(write_tflite(checkpoint, "net"), images)
+    assert arena_bytes > 0 and not (logits == logits[0]).all()
+    return np.abs(logits.astype(int) - exact_logits(checkpoint, images).numpy())
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def test_padding_is_what_tflite_computes():
+    seen = set()
+    for size, kernel, stride, padding in np.ndindex(14, 6, 4, 4):
+        if min(size, kernel, stride) == 0 or 2 * padding > kernel or kernel > size + 2 * padding:
+            continue
+        out = (size + 2 * padding - kernel) // stride + 1
+        words, before, after = side_padding(size, kernel, stride, padding)
+        last = (out - 1) * stride + kernel  # where the last window ends, from the first one's start
+        assert before == padding and 0 <= after <= padding
+        assert (
+            size + before + after - kernel
+        ) // stride + 1 == out and size + before + after >= last
+        same_out = -(-size // stride)
+        total = max((same_out - 1) * stride + kernel - size, 0)
+        assert ("SAME" in words) == (same_out == out and total // 2 == before)
+        assert ("VALID" in words) == (padding == 0)
+        seen.add(tuple(sorted(words)))
+    assert seen == {(), ("SAME",), ("VALID",), ("SAME", "VALID")}
+
+
+def test_biases_are_integers_at_the_accumulators_scale():
+    weight = np.ones((2, 3), np.int8)
+    bias, scales = integer_bias(np.array([1.0, -0.26]), np.array([0.5, 0.25]), weight, 0.25)
+    assert bias.tolist() == [8, -4] and bias.dtype == np.int32 and scales.tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_layer_of_zeros_gets_a_scale_that_holds_its_bias(per_channel):
+    tiny = float(torch.finfo(torch.float32).eps)
+    bias, scales = np.array([5.0, -3.0]), np.full(2 if per_channel else 1, tiny)
+    integers, wider = integer_bias(bias, scales, np.zeros((2, 4), np.int8), 1e-3)
+    assert np.allclose(integers * wider * 1e-3, bias, rtol=1e-6)
+    assert np.abs(integers.astype(np.int64)).max() <= MAX_BIAS + 64
+    with pytest.raises(UserError, match="bias does not fit"):
+        integer_bias(bias, scales, np.ones((2, 4), np.int8), 1e-3)
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def test_file_is_a_standard_one():
+    schema, _ = tflite_micro()
+    checkpoint = quantized(MIXED)
+    data = write_tflite(checkpoint, "net")
+    assert data == write_tflite(quantized(MIXED), "net")
+    model = schema.Model.GetRootAsModel(data, 0)
+    assert data[4:8] == b"TFL3" and model.Version() == 3 and model.SubgraphsLength() == 1
+    assert model.Buffers(0).DataLength() == 0
+    for i in range(model.OperatorCodesLength()):
+        code = model.OperatorCodes(i)
+        assert code.DeprecatedBuiltinCode() == code.BuiltinCode()
+    graph = model.Subgraphs(0)
+    tensors = [graph.Tensors(i) for i in range(graph.TensorsLength())]
+    names = [tensor.Name().decode() for tensor in tensors]
+    assert len(set(names)) == len(names)
+    constants = {name: t for name, t in zip(names, tensors, strict=True) if t.Buffer()}
+    start = np.frombuffer(data, np.uint8).ctypes.data
+    for name, stored in checkpoint["tensors"].items():
+        content = model.Buffers(constants[name].Buffer()).DataAsNumpy()
+        assert (content.ctypes.data - start) % 16 == 0, f"{name} is not aligned"
+        assert len(content) == stored.numel() * (1 if name.endswith("weight") else 4)
+        if name.endswith("weight"):
+            theirs = np.bincount(stored.flatten().view(torch.uint8), minlength=256)
+            assert np.array_equal(np.bincount(content, minlength=256), theirs)
+    image, logits = (tensors[i(0)] for i in (graph.Inputs, graph.Outputs))
+    assert image.ShapeAsNumpy().tolist() == [1, 13, 10, 3]
+    assert logits.ShapeAsNumpy().tolist() == [1, 5]
+
+
+def test_scales_of_a_bias_are_products_along_the_channels():
+    schema, _ = tflite_micro()
+    graph = schema.Model.GetRootAsModel(write_tflite(quantized(MIXED), "net"), 0).Subgraphs(0)
+    tensors = [graph.Tensors(i) for i in range(graph.TensorsLength())]
+    axes = []
+    for i in range(graph.OperatorsLength()):
+        inputs = graph.Operators(i).InputsAsNumpy()
+        if len(inputs) == 3:
+            x, weight, bias = (tensors[k].Quantization() for k in inputs)
+            assert np.allclose(x.Scale(0) * weight.ScaleAsNumpy(), bias.ScaleAsNumpy(), rtol=1e-6)
+            assert not weight.ZeroPointAsNumpy().any() and not bias.ZeroPointAsNumpy().any()
+            axes.append(weight.QuantizedDimension())
+            sides = tensors[inputs[1]].ShapeAsNumpy()
+            assert weight.ScaleLength() in (1, sides[axes[-1]])
+    assert axes == [0, 3, 0, 0, 0]
+
+
+def test_logits_that_are_no_linear_layer_are_reshaped():
+    graph = graph_of((2, 6, 6), conv(4, 3), ("global_avg_pool", {}), ("flatten", {}))
+    checkpoint = quantized(graph)
+    assert operators(write_tflite(checkpoint, "net"))[-1] == "RESHAPE"
+    assert difference(checkpoint).max() <= 1
+
+
+# ---- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_operation_under_tflite_micro(name):
+    checkpoint = read_out(quantized(GRAPHS[name], seed=2))
+    expected = [*OPERATORS[name].split(), "FULLY_CONNECTED"]
+    assert operators(write_tflite(checkpoint, "net")) == expected
+    found = difference(checkpoint)
+    roundings = sum(node.op in ACTIVATED for node in GRAPHS[name].nodes)  # each of another's
+    assert found.max() <= (1 if roundings <= 1 else 3) and (found > 0).mean() <= 0.06
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_nets_run_as_in_torch(seed):
+    checkpoint = quantized(MIXED, seed=seed)
+    images = device_images(checkpoint)
+    logits, _ = run_tflite(write_tflite(checkpoint, "net"), images)
+    own = checkpoint["quantization"]["activations"]["input"]
+    real = (images.float() + 128 - own["zero_point"]) * own["scale"]
+    theirs = integer_logits(int8_module(checkpoint), real).numpy()
+    assert not (logits == logits[0]).all()
+    assert np.abs(logits.astype(int) - theirs).max() <= 3
+    assert difference(checkpoint).max() <= 3
+
+
+@pytest.mark.parametrize(("value", "scale"), [(127, 1e-4), (-127, 1e-4), (0, 0.02)])
+def test_saturated_and_empty_layers(value, scale):
+    checkpoint = quantized(MIXED)
+    quantization = checkpoint["quantization"]
+    for name in quantization["weights"]:
+        tensor = checkpoint["tensors"][f"{name}.weight"]
+        checkpoint["tensors"][f"{name}.weight"] = torch.full_like(tensor, value)
+    own = quantization["activations"]["n8"]
+    quantization["activations"]["n8"] = {**own, "scale": scale}
+    images = device_images(checkpoint)
+    logits, _ = run_tflite(write_tflite(checkpoint, "net"), images)
+    assert np.abs(logits.astype(int) - exact_logits(checkpoint, images).numpy()).max() <= 1
+    bias = np.rint(checkpoint["tensors"]["n8.bias"].numpy() / scale) + own["zero_point"] - 128
+    if value == 0:  # what remains is the last layer's bias
+        assert np.abs(logits - bias.clip(-128, 127)).max() <= 1
+    elif value > 0:
+        assert logits.max() == 127
+
+
+@pytest.mark.parametrize("layer", ["n0", "n1", "n2", "n7", "n8"])
+def test_every_layers_weights_reach_the_output(layer):
+    """Halving one layer changes the file's logits just as it changes the exact ones."""
+    checkpoint = quantized(MIXED)
+    images = device_images(checkpoint)
+    before = exact_logits(checkpoint, images)
+    checkpoint["tensors"][f"{layer}.weight"] //= 2
+    assert (before != exact_logits(checkpoint, images)).any()
+    assert difference(checkpoint).max() <= 3
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_ends_in_a_map_is_refused():
+    with pytest.raises(UserError, match="no .tflite form: .*ends in a map"):
+        write_tflite(quantized(GRAPHS["max_pool"]), "net")
+
+
+def test_images_of_another_size_are_refused():
+    data = write_tflite(quantized(MIXED), "net")
+    with pytest.raises(UserError, match="tflite-micro cannot run"):
+        run_tflite(data, torch.zeros(1, 3, 8, 8, dtype=torch.int8))
+
+
+# ---- NPU -----------------------------------------------------------------------------------------
+
+
+def test_the_npu_takes_every_operator_and_zeros_shrink_flash():
+    graph = graph_of(
+        (3, 13, 10), *((n.op, n.options, n.inputs) for n in MIXED.nodes[:7]), linear(400)
+    )
+    checkpoint = quantized(graph, random_tensors(graph))
+    assert from_plain(checkpoint["graph"]) == graph
+    nets = checkpoint, with_zeros(checkpoint, 0.9)
+    dense, sparse = (ethos_u.npu_cost(write_tflite(net, "net")) for net in nets)
+    assert dense["u55_128_operators_on_npu_percent"] == 100
+    assert sparse["u55_128_flash_bytes_modelled"] < 0.6 * dense["u55_128_flash_bytes_modelled"]
+    standing_alone = read_out(quantized(GRAPHS["max_pool padded"]))
+    figures = ethos_u.npu_cost(write_tflite(standing_alone, "net"))
+    assert figures["u55_128_operators_on_npu_percent"] == 100
