@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecnn.budget import HELP, answer, parse_budget
-from edgecnn.cli import Parser, add_run_arguments, run_name
+from edgecnn.cli import Parser, add_run_arguments, data_source, run_name
 from edgecnn.files import (
     DEFAULT_CRITERION,
     MADE_BY,
@@ -761,13 +761,14 @@ def find_checkpoints(run: str) -> list[Path]:
 
 def load_images(args) -> tuple[Split, str]:
     """The images that judge, and what they are."""
-    from edgecnn.data import load_sample, load_split, load_training
+    from edgecnn.data import CIFAR10, load_test, load_training
 
     if args.smoke:
-        return load_sample()[1], "held-out part of the smoke sample (training images)"
+        held = load_training(data_source(args), args.data_dir, holdout=True)[2]
+        return held, "held-out part of the smoke sample (training images)"
     if getattr(args, "holdout", False):
-        return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
-    return load_split("test", args.data_dir), TEST_SET
+        return load_training(data_source(args), args.data_dir, holdout=True)[2], "validation split"
+    return load_test(CIFAR10, args.data_dir), TEST_SET
 
 
 def require_complete(paths: list[Path], metrics: Path) -> None:

@@ -32,7 +32,7 @@ from edgecnn.checkpoint import (
     require_unseen_holdout,
     sha256,
 )
-from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
+from edgecnn.cli import Parser, data_source, parse_training_arguments, run_name, sparsity
 from edgecnn.data import load_training
 from edgecnn.files import (
     DEFAULT_CRITERION,
@@ -300,7 +300,7 @@ def main():
     parent_path = args.checkpoint or baseline_path
     require_unseen_holdout(load_checkpoint(parent_path, "fp32"), args.holdout)
     teacher = load_teacher(args, baseline_path)
-    data = load_training(args.data_dir, args.holdout, args.smoke)
+    _, *data = load_training(data_source(args), args.data_dir, holdout=args.holdout)
     levels = split_levels(args)
     if len(levels) > 1:
         require_one_sweep(levels, run, parent_path)

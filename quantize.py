@@ -29,7 +29,7 @@ from edgecnn.checkpoint import (
     provenance,
     publish,
 )
-from edgecnn.cli import Parser, add_run_arguments, positive_int, run_name
+from edgecnn.cli import Parser, add_run_arguments, data_source, positive_int, run_name
 from edgecnn.data import load_training, normalize
 from edgecnn.files import (
     UserError,
@@ -229,7 +229,7 @@ def main():
     parent = load_checkpoint(parent_path, "fp32")
     ancestry = parent["provenance"]
     holdout = ancestry.get("holdout", False)  # then the calibration sees no validation image either
-    (images, _), _ = load_training(args.data_dir, holdout, args.smoke)
+    _, (images, _), _ = load_training(data_source(args), args.data_dir, holdout=holdout)
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
     chosen = torch.randperm(len(images), generator=generator)[: args.calibration_images]
 

@@ -12,7 +12,7 @@ Writes  checkpoints/baseline_fp32.pt  results/baseline_fp32.json
 import torch
 
 from edgecnn.checkpoint import fp32_tensors, provenance, publish
-from edgecnn.cli import Parser, parse_training_arguments, run_name
+from edgecnn.cli import Parser, data_source, parse_training_arguments, run_name
 from edgecnn.data import load_training
 from edgecnn.files import (
     checkpoints_dir,
@@ -37,7 +37,8 @@ def main():
     require_writable(checkpoints_dir(run), results_dir(run))
     name = variant_name("baseline", "fp32", seed=args.seed)
     resume_path = checkpoints_dir(run) / f"{name}.resume.pt"
-    train, validation = load_training(args.data_dir, args.holdout, args.smoke)
+    source = data_source(args)
+    _, train, validation = load_training(source, args.data_dir, holdout=args.holdout)
 
     torch.manual_seed(args.seed)
     model = EdgeCNN()

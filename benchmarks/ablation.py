@@ -22,7 +22,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgecnn.checkpoint import write_torch
-from edgecnn.cli import SMOKE_EPOCHS, Parser, seed
+from edgecnn.cli import SMOKE_EPOCHS, Parser, data_source, seed
 from edgecnn.data import load_training
 from edgecnn.files import (
     UserError,
@@ -213,7 +213,7 @@ def main():
     args = parser.parse_args()
     device, run = pick_device("auto"), "smoke" if args.smoke else RUN
     require_writable(checkpoints_dir(run), results_dir(run))
-    data = load_training(args.data_dir, holdout=True, smoke=args.smoke)
+    _, *data = load_training(data_source(args), args.data_dir, holdout=True)
     for name in args.trials or TRIALS:
         trial = replace(TRIALS[name], epochs=SMOKE_EPOCHS) if args.smoke else TRIALS[name]
         if (results_dir(run) / f"{name_of(name, args.seed)}.json").exists():

@@ -32,7 +32,7 @@ from torchvision import transforms
 
 from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, add_run_arguments, run_name
-from edgecnn.data import CROP_PADDING, MEAN, STD, load_training
+from edgecnn.data import CIFAR10, crop_padding, load_training
 from edgecnn.files import results_dir, user_errors_exit_2, write_json
 from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
 from edgecnn.train import LABEL_SMOOTHING, MOMENTUM, WEIGHT_DECAY, Recipe, environment, fit
@@ -69,7 +69,7 @@ def matrix_flops_per_s() -> float:
 
 def pipeline_images_per_s(data_dir: str, smoke: bool) -> float:
     """The pipeline's own loop, augmentation included, after a warm-up epoch of a few batches."""
-    (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
+    _, (images, labels), _ = load_training("sample" if smoke else "cifar10", data_dir)
     batch = RECIPE["batch_size"]
     count = min(TIMED_BATCHES * batch, len(labels))
     torch.manual_seed(0)
@@ -85,12 +85,13 @@ class Pictures(Dataset):
 
     def __init__(self, images, labels):
         self.images, self.labels = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
+        padding = crop_padding(CIFAR10.shape, "both")
         self.transform = transforms.Compose(
             [
-                transforms.RandomCrop(32, padding=CROP_PADDING),  # reflecting is slow on PIL images
+                transforms.RandomCrop(32, padding=padding),  # reflecting is slow on PIL images
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(CIFAR10.mean, CIFAR10.std),
             ]
         )
 
@@ -113,7 +114,7 @@ def tutorial_network() -> nn.Sequential:
 
 def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
     """The tutorial loop over the same images, batch, loss and optimizer settings."""
-    (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
+    _, (images, labels), _ = load_training("sample" if smoke else "cifar10", data_dir)
     batch = RECIPE["batch_size"]
     loader = DataLoader(
         Pictures(images, labels), batch, shuffle=True, drop_last=True, num_workers=workers
@@ -144,7 +145,7 @@ def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
 
 def time_to_target(data_dir: str) -> list[dict]:
     """Schedules from the shortest up to the first whose end reaches the target on the holdout."""
-    train, validation = load_training(data_dir, holdout=True, smoke=False)
+    _, train, validation = load_training("cifar10", data_dir, holdout=True)
     tried = []
     for epochs in SCHEDULES:
         torch.manual_seed(0)
