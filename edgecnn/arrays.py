@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgecnn.dataset import MAX_CLASSES
+from edgecnn.dataset import MAX_CLASSES, classes_problem
 from edgecnn.files import UserError
 from edgecnn.split import MIN_PER_CLASS, Split, require_enough, require_memory
 
@@ -108,7 +108,11 @@ def read_classes(archive, path: Path, labels: torch.Tensor) -> tuple[str, ...]:
             f"{path}: classes is {dtype} of the shape {shape}; supported: {len(found)} texts, as "
             'numpy.array(["cat", "dog"])'
         )
-    return tuple(map(str, archive["classes"]))
+    names = tuple(map(str, archive["classes"]))
+    problem = classes_problem(names)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    return names
 
 
 def load_arrays(path: Path, split: str) -> tuple[tuple[str, ...], Split]:

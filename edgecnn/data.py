@@ -18,13 +18,20 @@ from edgecnn.dataset import (
     MAX_TEXT,
     DataSet,
     channel_statistics,
-    classes_problem,
     plain_text,
     shape_problem,
 )
 from edgecnn.files import UserError
-from edgecnn.pictures import LAYOUT, load_folder, resized
-from edgecnn.split import Shape, Split, fingerprint, gibibytes, memory_bytes, stratified
+from edgecnn.pictures import LAYOUT, load_folder, resized, resized_split
+from edgecnn.split import (
+    Shape,
+    Split,
+    fingerprint,
+    gibibytes,
+    memory_bytes,
+    printable,
+    stratified,
+)
 
 HOLDOUT_ONE_IN = 10  # of each class; for CIFAR-10 the same 5,000 images in every run
 CACHE_NAME = re.compile(r"(cifar10|pictures_.+)_(train|test)\.pt")
@@ -43,12 +50,15 @@ def kind_of(source: str) -> str:
     if source in ("cifar10", "sample"):
         return source
     path = Path(source)
-    if path.is_dir():
-        return "folder"
-    if path.is_file() and path.suffix == ".npz":
-        return "npz"
-    found = "is neither" if path.exists() else "does not exist"
-    raise UserError(f"--data {source} {found}; supported: {SUPPORTED}")
+    try:
+        if path.is_dir():
+            return "folder"
+        if path.is_file() and path.suffix == ".npz":
+            return "npz"
+        found = "is neither a folder nor an .npz" if path.exists() else "does not exist"
+    except OSError as error:  # such as a name that is too long
+        found = f"cannot be read ({error.strerror})"
+    raise UserError(f"--data {printable(source):.200} {found}; supported: {SUPPORTED}")
 
 
 def require_cache_folder(data_dir: Path) -> None:
@@ -62,7 +72,7 @@ def require_cache_folder(data_dir: Path) -> None:
     foreign = [n for n in names if not n.startswith(".") and not CACHE_NAME.fullmatch(n)]
     if foreign:
         raise UserError(
-            f"--data-dir {data_dir} holds {ascii(foreign[0])[1:-1]}, and is for this project's own "
+            f"--data-dir {data_dir} holds {printable(foreign[0])}, and is for this project's own "
             "cache alone: give it an empty or new folder; your own pictures go to --data"
         )
 
@@ -75,23 +85,21 @@ def read_split(
     Without a shape an .npz keeps its own, all else is 3x32x32. Raises UserError for what is missing,
     damaged or of no supported form.
     """
-    kind, data_dir = kind_of(source), Path(data_dir)
+    kind, path, data_dir = kind_of(source), Path(source), Path(data_dir)
     problem = shape_problem(shape) if shape is not None else None
     if problem:
         raise UserError(f"--input-size: {problem}")
-    if kind in ("cifar10", "folder"):
-        require_cache_folder(data_dir)
+    if kind == "sample":
+        images, labels = load_sample()[split == "test"]
+        return CIFAR10.classes, (resized(images, shape or CIFAR10.shape), labels)
+    require_cache_folder(data_dir)
     if kind == "folder":
-        return load_folder(Path(source), split, data_dir, shape or CIFAR10.shape)
+        return load_folder(path, split, data_dir, shape or CIFAR10.shape)
     if kind == "npz":
-        classes, (images, labels) = load_arrays(Path(source), split)
+        classes, data = load_arrays(path, split)
     else:
-        classes = CIFAR10.classes
-        if kind == "sample":
-            images, labels = load_sample()[split == "test"]
-        else:
-            images, labels = cifar10.load_split(split, data_dir)
-    return classes, (resized(images, shape or tuple(images.shape[1:])), labels)
+        classes, data = CIFAR10.classes, cifar10.load_split(split, data_dir)
+    return classes, resized_split(data, path, split, data_dir, shape or tuple(data[0].shape[1:]))
 
 
 def load_training(
@@ -105,12 +113,10 @@ def load_training(
     """
     kind = kind_of(source)
     classes, train = read_split(source, "train", data_dir, shape)
-    problem = classes_problem(classes)
-    if problem:
-        raise UserError(f"--data {source}: {problem}")
-    name = CIFAR10.name if kind in ("cifar10", "sample") else Path(source).resolve().stem
+    path = Path(source).resolve()
+    name = {"folder": path.name, "npz": path.stem}.get(kind, CIFAR10.name)
     if not (plain_text(name, MAX_TEXT) and plain_text(source, MAX_TEXT)):
-        raise UserError(f"--data {ascii(source)}: rename it to printable characters")
+        raise UserError(f"--data {printable(source)}: rename it to printable characters")
     try:
         # The sample is a part of CIFAR-10, and is normalized as the whole.
         whole = kind == "sample" and train[0].shape[1] == len(CIFAR10.mean)

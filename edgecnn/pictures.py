@@ -13,7 +13,6 @@ compared as numbers, across all classes: a set written out as <class>/<index>.pn
 Hidden files and folders are passed over.
 """
 
-import functools
 import hashlib
 import os
 import re
@@ -29,12 +28,14 @@ from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 from edgecnn.checkpoint import write_torch
+from edgecnn.dataset import classes_problem
 from edgecnn.files import UserError
 from edgecnn.split import (
     MIN_PER_CLASS,
     Shape,
     Split,
     fingerprint,
+    printable,
     require_enough,
     require_memory,
     stratified,
@@ -80,33 +81,32 @@ def read_picture(path: str, shape: Shape) -> np.ndarray:
     except Exception as error:  # every format fails in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read as a picture ({reason}); mend it or take it out"
+            f"{printable(path)} cannot be read as a picture ({reason}); mend it or take it out"
         ) from None
 
 
 def resized(images: torch.Tensor, shape: Shape) -> torch.Tensor:
     """uint8 (N, C, H, W) of 1 or 3 channels -> the same pictures at another shape, as from files."""
-    if tuple(images.shape[1:]) == tuple(shape):
-        return images
-    require_memory(len(images), shape, "--input-size")
-    result = np.empty((len(images), *shape), np.uint8)
+    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # (N, H, W) or (N, H, W, 3)
+
+    def fit(index: int) -> np.ndarray:
+        return fitted(Image.fromarray(np.ascontiguousarray(pixels[index])), shape)
+
+    return filled(fit, (len(images), *shape), "resizing")
+
+
+def filled(picture, shape: tuple[int, int, int, int], what: str) -> torch.Tensor:
+    """uint8 (N, C, H, W) of picture(0) .. picture(N - 1), made on all cores; an exception ends it."""
+    images = np.empty(shape, np.uint8)
 
     def fill(index: int) -> None:
-        picture = images[index].permute(1, 2, 0).numpy()  # (H, W, C)
-        result[index] = fitted(
-            Image.fromarray(picture.squeeze(2) if len(images[0]) == 1 else picture), shape
-        )
+        images[index] = picture(index)
 
-    in_parallel(fill, len(images), "resizing")
-    return torch.from_numpy(result)
-
-
-def in_parallel(fill, count: int, what: str) -> None:
-    """Call fill(0) .. fill(count - 1) on all cores; the first exception ends it."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(fill, range(count))
-        for _ in tqdm(done, desc=what, total=count, disable=not sys.stderr.isatty()):
+        done = pool.map(fill, range(len(images)))
+        for _ in tqdm(done, desc=what, total=len(images), disable=not sys.stderr.isatty()):
             pass
+    return torch.from_numpy(images)
 
 
 # ---- which pictures ----------------------------------------------------------------------------
@@ -150,16 +150,19 @@ def list_split(folder: Path, split: str) -> tuple[tuple[str, ...], list[tuple[st
         raise UserError(f"{folder} has train/ and no test/ beside it; supported: {LAYOUT}")
     if own_split:
         names, others = class_names(folder / "train"), class_names(folder / "test")
-        differing = sorted(set(names) ^ set(others))
+        differing = printable(", ".join(sorted(set(names) ^ set(others))[:5]))
         if differing:
             raise UserError(
-                f"{folder}: train/ and test/ hold different classes ({', '.join(differing[:5])}); "
+                f"{folder}: train/ and test/ hold different classes ({differing}); "
                 "both need the same folders"
             )
     if len(names) < 2:
-        found = f"one class only, {names[0]}" if names else "no class folders"
+        found = f"one class only, {printable(names[0])}" if names else "no class folders"
         where = folder / "train" if own_split else folder
         raise UserError(f"{where} has {found}; supported: {LAYOUT}, of two classes or more")
+    problem = classes_problem(names)
+    if problem:
+        raise UserError(f"{folder}: {problem}")
     where = folder / split if own_split else folder
     pictures = pictures_of(where, names)
     least = MIN_PER_CLASS if split == "train" or not own_split else 1
@@ -182,9 +185,9 @@ def state_of(pictures: list[tuple[str, int]], shape: Shape) -> str:
         try:
             state = os.stat(path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+            raise UserError(f"cannot read {printable(path)}: {error.strerror}") from None
         if not stat.S_ISREG(state.st_mode):
-            raise UserError(f"{path} is not an ordinary file; take it out")
+            raise UserError(f"{printable(path)} is not an ordinary file; take it out")
         entry = os.fsencode(path), label, state.st_size, state.st_mtime_ns
         digest.update(repr(entry).encode())
     return digest.hexdigest()
@@ -193,10 +196,10 @@ def state_of(pictures: list[tuple[str, int]], shape: Shape) -> str:
 # ---- the cache ---------------------------------------------------------------------------------
 
 
-def cache_path(data_dir: Path, folder: Path, split: str, shape: Shape) -> Path:
-    """Where a folder's split is kept as a tensor: one file a folder, split and input shape."""
-    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    name = re.sub("[^A-Za-z0-9-]", "-", folder.resolve().name)[:40]
+def cache_path(data_dir: Path, source: Path, split: str, shape: Shape) -> Path:
+    """Where a source's split is kept as a tensor: one file a source, split and input shape."""
+    place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
+    name = re.sub("[^A-Za-z0-9-]", "-", source.resolve().stem)[:40]
     size = "x".join(map(str, shape))
     return Path(data_dir) / f"pictures_{name}_{place}_{size}_{split}.pt"
 
@@ -220,6 +223,16 @@ def read_cache(path: Path, state: str) -> Split | None:
     return None
 
 
+def cached(path: Path, state: str, make) -> Split:
+    """The split kept at `path` for this state; else what make() gives, which is kept there."""
+    split = read_cache(path, state)
+    if split is None:
+        split = images, labels = make()
+        kept = {"state": state, "fingerprint": fingerprint(split)}
+        write_torch(path, {**kept, "images": images, "labels": labels})
+    return split
+
+
 def load_folder(
     folder: Path, split: str, data_dir: Path, shape: Shape
 ) -> tuple[tuple[str, ...], Split]:
@@ -228,20 +241,26 @@ def load_folder(
     Decodes each file once and keeps the tensors in data_dir until a file's name, size or time of
     change differs. Raises UserError for a folder or picture that cannot be used.
     """
-    folder = Path(folder)
     classes, pictures = list_split(folder, split)
-    state, path = state_of(pictures, shape), cache_path(data_dir, folder, split, shape)
     require_memory(len(pictures), shape, str(folder))
-    data = read_cache(path, state)
-    if data is None:
-        images = np.empty((len(pictures), *shape), np.uint8)
-        read = functools.partial(read_picture, shape=shape)
 
-        def fill(index: int) -> None:
-            images[index] = read(pictures[index][0])
+    def make() -> Split:
+        images = filled(
+            lambda index: read_picture(pictures[index][0], shape),
+            (len(pictures), *shape),
+            f"reading {folder.name} ({split})",
+        )
+        return images, torch.tensor([label for _, label in pictures])
 
-        in_parallel(fill, len(pictures), f"reading {folder.name} ({split})")
-        data = torch.from_numpy(images), torch.tensor([label for _, label in pictures])
-        kept = {"state": state, "fingerprint": fingerprint(data)}
-        write_torch(path, {**kept, "images": data[0], "labels": data[1]})
-    return classes, data
+    path = cache_path(data_dir, folder, split, shape)
+    return classes, cached(path, state_of(pictures, shape), make)
+
+
+def resized_split(data: Split, source: Path, split: str, data_dir: Path, shape: Shape) -> Split:
+    """A split at another input shape, kept in data_dir as long as its pixels are these."""
+    if tuple(data[0].shape[1:]) == tuple(shape):
+        return data
+    require_memory(len(data[0]), shape, str(source))
+    state = f"{PREPARATION} {Image.__version__} {fingerprint(data)}"
+    path = cache_path(data_dir, source, split, shape)
+    return cached(path, state, lambda: (resized(data[0], shape), data[1]))

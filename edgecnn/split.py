@@ -17,6 +17,12 @@ MIN_PER_CLASS = 5  # training pictures; of fewer, a held-out tenth or fifth woul
 COPIES = 4
 
 
+def printable(text) -> str:
+    """A path or name as one line of text: what is not printable stands escaped."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def stratified(labels: torch.Tensor, one_in: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of (the rest, the share taken), both sorted: one of `one_in` of every class.
 

@@ -168,3 +168,18 @@ def test_an_epoch_repeats_from_its_seed_and_differs_from_another():
         return batch
 
     assert torch.equal(epoch(3), epoch(3)) and not torch.equal(epoch(3), epoch(4))
+
+
+def test_order_crops_flips_and_holdout_are_those_of_the_committed_weights():
+    """SHA-256 of two epochs on the sample and of CIFAR-10's holdout rule, as when they were trained."""
+    images, labels = data.load_sample()[0]
+    digest = hashlib.sha256()
+    for epoch in (0, 1):
+        generator = torch.Generator().manual_seed(7 * 100_003 + epoch)
+        for batch, part in data.augmented_batches(data.pad_reflect(images), labels, 64, generator):
+            digest.update(batch.permute(0, 2, 3, 1).contiguous().numpy().data)
+            digest.update(part.numpy().data)
+    assert digest.hexdigest() == "d3a13724f7b015efc2a854135ee20aafd75041c46334cf7ae8f480ed76f7830a"
+    held = data.stratified(torch.arange(50_000) % 10, data.HOLDOUT_ONE_IN)[1]
+    expected = "4d950a0c112d8dd3de4160402e18610bd88a6836db4265f8c0bc02093926571b"
+    assert hashlib.sha256(held.numpy().data).hexdigest() == expected
