@@ -42,6 +42,7 @@ from edgecnn.split import (
 )
 
 TEST_ONE_IN = 5  # of a folder without a split of its own
+TASK = 32  # pictures that a thread takes at a time
 PREPARATION = 1  # counts the changes of how pixels are made, so that older caches are not taken
 IGNORED = ("Thumbs.db", "desktop.ini")  # what Windows leaves in folders of pictures
 LAYOUT = "train/<class>/* and test/<class>/*, or <class>/* alone"
@@ -99,12 +100,15 @@ def filled(picture, shape: tuple[int, int, int, int], what: str) -> torch.Tensor
     """uint8 (N, C, H, W) of picture(0) .. picture(N - 1), made on all cores; an exception ends it."""
     images = np.empty(shape, np.uint8)
 
-    def fill(index: int) -> None:
-        images[index] = picture(index)
+    starts = range(0, len(images), TASK)
+
+    def fill(start: int) -> None:
+        for index in range(start, min(start + TASK, len(images))):
+            images[index] = picture(index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(fill, range(len(images)))
-        for _ in tqdm(done, desc=what, total=len(images), disable=not sys.stderr.isatty()):
+        done = pool.map(fill, starts)
+        for _ in tqdm(done, desc=what, total=len(starts), disable=not sys.stderr.isatty()):
             pass
     return torch.from_numpy(images)
 
@@ -174,11 +178,12 @@ def list_split(folder: Path, split: str) -> tuple[tuple[str, ...], list[tuple[st
     return names, pictures
 
 
-def state_of(pictures: list[tuple[str, int]], shape: Shape) -> str:
+def state_of(folder: Path, pictures: list[tuple[str, int]], shape: Shape) -> str:
     """Hex SHA-256 over what the cached tensors depend on: input shape, files, labels.
 
-    A file counts by name, size and time of change, as in make and git: hashing a folder of photos at
-    every step would read it all each time. Raises UserError for what is no ordinary file.
+    A file counts by its name in the folder, size and time of change, as in make and git: hashing a
+    folder of photos at every step would read it all each time. Raises UserError for what is no
+    ordinary file.
     """
     digest = hashlib.sha256(repr((PREPARATION, Image.__version__, tuple(shape))).encode())
     for path, label in pictures:
@@ -188,7 +193,7 @@ def state_of(pictures: list[tuple[str, int]], shape: Shape) -> str:
             raise UserError(f"cannot read {printable(path)}: {error.strerror}") from None
         if not stat.S_ISREG(state.st_mode):
             raise UserError(f"{printable(path)} is not an ordinary file; take it out")
-        entry = os.fsencode(path), label, state.st_size, state.st_mtime_ns
+        entry = os.fsencode(os.path.relpath(path, folder)), label, state.st_size, state.st_mtime_ns
         digest.update(repr(entry).encode())
     return digest.hexdigest()
 
@@ -253,7 +258,7 @@ def load_folder(
         return images, torch.tensor([label for _, label in pictures])
 
     path = cache_path(data_dir, folder, split, shape)
-    return classes, cached(path, state_of(pictures, shape), make)
+    return classes, cached(path, state_of(folder, pictures, shape), make)
 
 
 def resized_split(data: Split, source: Path, split: str, data_dir: Path, shape: Shape) -> Split:
