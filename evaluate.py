@@ -90,19 +90,20 @@ def evaluate_checkpoint(
     """
     import torch
 
-    from edgecnn.checkpoint import COMMIT, load_checkpoint, sha256
+    from edgecnn.checkpoint import COMMIT, dataset_of, load_checkpoint, sha256
     from edgecnn.inspection import counted
     from edgecnn.train import predict
     from mac_hooks import energy_score
 
     checkpoint = load_checkpoint(path)
     origin, precision = checkpoint["provenance"], checkpoint["precision"]
+    dataset = dataset_of(checkpoint)
     model, energy = counted(checkpoint)
     report = energy.macs
     if precision == "int8":
         device = torch.device("cpu")  # torch's integer kernels are CPU kernels
     images, labels = data
-    hits = (predict(model.to(device), images, device) == labels).tolist()
+    hits = (predict(model.to(device), images, dataset, device) == labels).tolist()
     correct = sum(hits)
     low, high = wilson_interval_percent(correct, len(labels))
     bits = {"fp32": 32, "int8": 8}[precision]
@@ -221,14 +222,19 @@ def pick(args) -> None:
 
 def measure(paths: list[Path], args) -> list[dict]:
     """The rows of metrics.json, in the tables' order. Raises UserError before any work."""
-    from edgecnn.checkpoint import load_checkpoint, require_unseen_holdout
+    from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout
     from edgecnn.data import load_judging
     from edgecnn.train import pick_device
 
+    datasets = []
     for path in paths:  # every file is checked before minutes are spent on the first
-        require_unseen_holdout(load_checkpoint(path), args.holdout and not args.smoke)
+        checkpoint = load_checkpoint(path)
+        require_unseen_holdout(checkpoint, args.holdout and not args.smoke)
+        datasets.append(dataset_of(checkpoint))
+    if len(set(datasets)) > 1:
+        raise UserError("these checkpoints were trained on different data; give each its own --run")
     device = pick_device(args.device)
-    data, test_set = load_judging(args)
+    data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
     rows, hits = [], {}
     for path in paths:
         row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)

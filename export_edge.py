@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from edgecnn.c_source import c_source, host_parity, stored_layers
-from edgecnn.checkpoint import find_checkpoints, load_checkpoint, provenance
+from edgecnn.checkpoint import dataset_of, find_checkpoints, load_checkpoint, provenance
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -31,13 +31,14 @@ from edgecnn.cli import (
     positive_int,
     run_name,
 )
-from edgecnn.data import Split, load_judging
+from edgecnn.data import load_judging, normalize
+from edgecnn.deploy.c_source import C_NAMES, c_files, host_parity
+from edgecnn.deploy.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import write_text
-from edgecnn.int8 import int8_graph, int8_model, integer_logits, quantize_images, set_engine
-from edgecnn.names import checkpoints_dir, results_dir
+from edgecnn.names import results_dir
+from edgecnn.quantized import int8_module, integer_logits, quantize_images
+from edgecnn.split import Split
 from edgecnn.step import Step, source_digests
-from edgecnn.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 
 MIN_IMAGES = 25  # fewer would say nothing
 IMAGES = 1000  # about 11 ms an image; all 10,000 for the committed figures
@@ -102,11 +103,13 @@ def tflite_artifact(
 
     The first `count` images judge; where two of 1,000 are too many for the accuracy bar, all do.
     """
-    model = int8_model(checkpoint)
+    model, dataset = int8_module(checkpoint), dataset_of(checkpoint)
     content = write_tflite(checkpoint, path.stem)
     for images, labels in ((data[0][:count], data[1][:count]), data):
+        images = normalize(images, dataset)
         logits, arena_bytes = run_tflite(content, quantize_images(checkpoint, images))
-        parity = compare_logits(logits, integer_logits(model, images), labels.numpy())
+        ours = integer_logits(model, images).numpy()
+        parity = compare_logits(logits, ours, labels.numpy())
         constant = (logits == logits[0]).all()
         if agrees(parity) or constant or len(labels) == len(data[1]):
             break
@@ -124,25 +127,20 @@ def tflite_artifact(
     }
 
 
-def c_artifact(name: str, checkpoint: dict, data: Split) -> tuple[str, dict]:
-    """(the generated C, its agreement with exact integers and torch) of an int8 checkpoint.
+def c_artifact(name: str, checkpoint: dict, images: torch.Tensor) -> tuple[dict[str, str], dict]:
+    """(the files of the generated C by name, its agreement with exact integers and torch).
 
-    Raises UserError where a logit differs from exact integers, or no C compiler is there.
+    images: normalized (N, C, H, W). Raises UserError where a logit differs from exact integers, or no
+    C compiler is there.
     """
-
-    def graph(engine):
-        set_engine(engine)
-        return int8_graph(checkpoint["tensors"], checkpoint["quantization"])
-
-    graphs = {engine: functools.partial(graph, engine) for engine in C_ENGINES}
-    parity = host_parity(checkpoint, data[0], graphs)
+    parity = host_parity(checkpoint, images, C_ENGINES)
     exact = parity["exact_integers"]
     if exact["bit_exact_images"] != exact["images"]:
         raise UserError(
-            f"{name}.c differs from exact integers by up to {exact['max_difference_lsb']} LSB; "
+            f"{name}: the C differs from exact integers by up to {exact['max_difference_lsb']} LSB; "
             "nothing was written for it: check the C compiler"
         )
-    return c_source(stored_layers(checkpoint), "int8"), {
+    return c_files(checkpoint), {
         f"c_vs_{reference}_{key}": value
         for reference, figures in parity.items()
         for key, value in figures.items()
@@ -199,7 +197,7 @@ def int8_checkpoints(args, run: str) -> dict[Path, dict]:
 def export_step(path: Path, folder: Path, args) -> Step:
     """The step of one checkpoint; its JSON of figures is the record."""
     arguments = {"images": args.images, "smoke": args.smoke}
-    outputs = tuple(folder / f"{path.stem}.{kind}" for kind in ("tflite", "c"))
+    outputs = (folder / f"{path.stem}.tflite", *(folder / path.stem / name for name in C_NAMES))
     code = source_digests("export_edge.py", "firmware/*.[ch]")
     record = folder / f"{path.stem}.json"
     return Step(run_name(args), record, arguments, (path,), outputs, code, args.force)
@@ -207,12 +205,13 @@ def export_step(path: Path, folder: Path, args) -> Step:
 
 def export(step: Step, checkpoint: dict, data: Split, test_set: str, args) -> None:
     """Make one checkpoint's files, hold them against PyTorch, write them."""
-    name, few = step.record.stem, (data[0][: args.images], data[1][: args.images])
+    name, few = step.record.stem, normalize(data[0][: args.images], dataset_of(checkpoint))
     content, figures = tflite_artifact(step.parents[0], checkpoint, data, args.images, test_set)
-    code, c_figures = c_artifact(name, checkpoint, few)
+    files, c_figures = c_artifact(name, checkpoint, few)
     lineage = {key: checkpoint["provenance"][key] for key in LINEAGE}
     lineage["checkpoint_sha256"] = step.digests[step.parents[0].name]
-    contents = dict(zip(step.outputs, (content, code.encode()), strict=True))
+    texts = (files[path.name].encode() for path in step.outputs[1:])
+    contents = dict(zip(step.outputs, (content, *texts), strict=True))
     write_artifacts(step, contents, {**provenance(name, args, **lineage), **figures, **c_figures})
 
 
@@ -227,13 +226,10 @@ def main():
     checkpoints = int8_checkpoints(args, run)
     steps = {path: export_step(path, folder, args) for path in checkpoints}
     todo = [path for path, step in steps.items() if not step.kept()]
-    data, test_set = load_judging(args) if todo else (None, "")
+    judging = functools.cache(load_judging)
     for path in todo:
+        data, test_set = judging(dataset_of(checkpoints[path]), args.data_dir)
         export(steps[path], checkpoints[path], data, test_set, args)
-    baseline = checkpoints_dir(run) / "baseline_fp32.pt"
-    if todo and baseline.exists() and not args.checkpoint:  # C alone: there is no FP32 .tflite here
-        layers = stored_layers(load_checkpoint(baseline, "fp32"))
-        write_text(folder / "baseline_fp32.c", c_source(layers, "fp32"))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from pathlib import Path
 from torch import nn
 
 from edgecnn.checkpoint import (
-    fp32_model,
-    fp32_tensors,
+    dataset_of,
+    float_module,
+    graph_of,
     load_checkpoint,
     parent_fields,
     provenance,
@@ -33,11 +34,12 @@ from edgecnn.checkpoint import (
     save_variant,
 )
 from edgecnn.cli import Parser, parse_training_arguments, run_name, sparsity
-from edgecnn.data import load_training
+from edgecnn.data import reload_training
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.model import fold_batch_norm
+from edgecnn.module import module_of, tensors_of
 from edgecnn.names import DEFAULT_CRITERION, checkpoints_dir, variant_name
 from edgecnn.pruning import CRITERIA, hold_zeros, layer_sparsity_percent, prune_globally
+from edgecnn.rewrite import deployed
 from edgecnn.step import Step, variant_step
 from edgecnn.train import DECISIVE, WEIGHT_DECAY, Recipe, environment, fit, pick_device
 
@@ -103,7 +105,7 @@ def load_teacher(args: argparse.Namespace, baseline: Path) -> nn.Module | None:
         return None
     checkpoint = load_checkpoint(baseline, "fp32")
     require_unseen_holdout(checkpoint, args.holdout)
-    return fold_batch_norm(fp32_model(checkpoint))
+    return module_of(*deployed(graph_of(checkpoint), checkpoint["tensors"])).eval()
 
 
 def warn_of_empty_layers(model: nn.Module) -> None:
@@ -117,10 +119,11 @@ def warn_of_empty_layers(model: nn.Module) -> None:
         )
 
 
-def prune_level(args, step: Step, model, data, device, teacher, epochs_after: int) -> None:
+def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_after: int) -> None:
     """Prune the parent's network to args.sparsity, fine-tune, write the checkpoint and JSON."""
+    graph, dataset, model = graph_of(parent), dataset_of(parent), float_module(parent)
     train, validation = data
-    masks = prune_globally(model, args.sparsity, args.criterion)
+    masks = prune_globally(model, graph.input_shape, args.sparsity, args.criterion)
     warn_of_empty_layers(model)
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
     lineage = parent_fields(step.parents[0])
@@ -131,7 +134,8 @@ def prune_level(args, step: Step, model, data, device, teacher, epochs_after: in
     history = fit(
         model,
         train,
-        Recipe.from_arguments(args, f"{start}, {len(train[1])} images", **parts),
+        dataset,
+        Recipe.from_arguments(args, start, **parts),
         device,
         validation,
         step.resume_path,
@@ -146,7 +150,7 @@ def prune_level(args, step: Step, model, data, device, teacher, epochs_after: in
     origin = provenance(name, args, **lineage, **made, seed=args.seed, holdout=args.holdout)
     zeros = {"layer_sparsity_percent": layer_sparsity_percent(model)}
     result = {**environment(device), **zeros, "history": history}
-    save_variant(step, origin, "fp32", fp32_tensors(model), result, packed=args.sparsity > 0)
+    save_variant(step, origin, "fp32", (graph, tensors_of(model)), dataset, result)
 
 
 @user_errors_exit_2
@@ -163,9 +167,9 @@ def main():
         step.require_same_arguments()
 
     @functools.cache
-    def inputs():
+    def inputs(dataset):
         """Loaded only for a level that is not kept."""
-        data = load_training(args.data_dir, args.holdout, args.smoke)
+        data = reload_training(dataset, args.data_dir, args.holdout)
         return data, device, load_teacher(args, baseline)
 
     for done, (level, step) in enumerate(levels, start=1):
@@ -173,7 +177,7 @@ def main():
             checkpoint = load_checkpoint(step.parents[0], "fp32")
             require_unseen_holdout(checkpoint, args.holdout)
             epochs_after = (len(levels) - done) * args.epochs
-            prune_level(level, step, fp32_model(checkpoint), *inputs(), epochs_after)
+            prune_level(level, step, checkpoint, *inputs(dataset_of(checkpoint)), epochs_after)
 
 
 if __name__ == "__main__":

@@ -12,33 +12,26 @@ BN is folded and ReLU fused; activations are unsigned 8 bit, per tensor; weights
 """
 
 import hashlib
-import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.ao import quantization as tq
-from torch.ao.nn import intrinsic as nni
 
 from edgecnn.checkpoint import (
-    fp32_model,
+    dataset_of,
+    float_module,
+    graph_of,
     load_checkpoint,
     parent_fields,
     provenance,
     save_variant,
 )
-from edgecnn.cli import (
-    Parser,
-    add_force_argument,
-    add_run_arguments,
-    positive_int,
-    run_name,
-)
-from edgecnn.data import load_training, normalize
+from edgecnn.cli import Parser, add_force_argument, add_run_arguments, positive_int, run_name
+from edgecnn.data import normalize, reload_training
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.int8 import LAYERS, int8_model, set_engine
-from edgecnn.model import EdgeCNN, fold_batch_norm
+from edgecnn.graph import to_plain
 from edgecnn.names import checkpoints_dir
+from edgecnn.quantized import int8_module, quantize, set_engine
+from edgecnn.rewrite import deployed
 from edgecnn.step import Step, variant_step
 from edgecnn.train import predict
 
@@ -47,86 +40,6 @@ CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 CALIBRATION_SEED = 0  # which training images calibrate
 DECISIVE = ("engine", "calibration_images", "smoke")  # the arguments that decide the result
-
-# torch.ao.quantization works in the pinned torch and says at every call that it will move to torchao.
-warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
-
-
-# ---- quantizing --------------------------------------------------------------------------------
-
-
-def qconfig(per_channel: bool) -> tq.QConfig:
-    """Histogram-calibrated unsigned activations, symmetric weights that never use -128."""
-    # x86's 8-bit dot product saturates without VNNI; torch's defaults spare it the eighth bit too.
-    reduce_range = torch.backends.quantized.engine in ("fbgemm", "x86")
-    activation = tq.HistogramObserver.with_args(dtype=torch.quint8, reduce_range=reduce_range)
-    weight = {"dtype": torch.qint8, "quant_min": -127, "quant_max": 127}
-    if per_channel:
-        observer = tq.PerChannelMinMaxObserver.with_args(
-            qscheme=torch.per_channel_symmetric, ch_axis=0, **weight
-        )
-    else:
-        observer = tq.MinMaxObserver.with_args(qscheme=torch.per_tensor_symmetric, **weight)
-    return tq.QConfig(activation=activation, weight=observer)
-
-
-def float_graph(model: EdgeCNN) -> nn.Sequential:
-    """The deployed graph in floating point: BN folded, ReLU fused, ready for observers."""
-    folded = fold_batch_norm(model)
-    graph = nn.Sequential()
-    graph.append(tq.QuantStub(qconfig(per_channel=False)))
-    for name in ("block1", "block2", "block3"):
-        fused = nni.ConvReLU2d(getattr(folded, name).conv, nn.ReLU())
-        fused.qconfig = qconfig(per_channel=True)
-        graph.add_module(name, fused)
-        graph.add_module(f"{name}_pool", nn.MaxPool2d(2))
-    graph.add_module("flatten", nn.Flatten())
-    graph.add_module("fc1", nni.LinearReLU(folded.fc1, nn.ReLU()))
-    graph.add_module("fc2", folded.fc2)
-    graph.fc1.qconfig = graph.fc2.qconfig = qconfig(per_channel=False)
-    graph.add_module("dequantize", tq.DeQuantStub(qconfig(per_channel=False)))
-    return graph.eval()
-
-
-@torch.no_grad()
-def quantize_model(model: EdgeCNN, images: torch.Tensor, engine: str) -> nn.Sequential:
-    """Static PTQ of the network, calibrated on uint8 (N, 3, 32, 32) images, for one engine."""
-    torch.backends.quantized.engine = engine
-    prepared = tq.prepare(float_graph(model))
-    for batch in images.split(CALIBRATION_BATCH):
-        prepared(normalize(batch))
-    return tq.convert(prepared)
-
-
-# ---- storing -----------------------------------------------------------------------------------
-
-
-def to_tensors(quantized: nn.Sequential) -> tuple[dict[str, torch.Tensor], dict]:
-    """(int8 weights and float32 biases by name, plain scales and zero points) of a quantized net."""
-    first = quantized[0]
-    tensors, layers = {}, {}
-    for name in LAYERS:
-        layer = getattr(quantized, name)
-        weight = layer.weight()
-        per_channel = weight.qscheme() != torch.per_tensor_affine
-        tensors[f"{name}.weight"] = weight.int_repr()
-        tensors[f"{name}.bias"] = layer.bias().detach()
-        layers[name] = {
-            "weight_scale": weight.q_per_channel_scales().tolist()
-            if per_channel
-            else [weight.q_scale()],
-            "weight_zero_point": 0,
-            "output_scale": float(layer.scale),
-            "output_zero_point": int(layer.zero_point),
-        }
-    return tensors, {
-        "input_scale": float(first.scale),
-        "input_zero_point": int(first.zero_point),
-        "layers": layers,
-    }
-
-
-# ---- the step ----------------------------------------------------------------------------------
 
 
 def parse_arguments():
@@ -155,19 +68,19 @@ def parse_arguments():
 
 def quantize_checkpoint(step: Step, parent_path: Path, args) -> None:
     """Quantize one FP32 checkpoint, and write what became of it."""
-
     parent = load_checkpoint(parent_path, "fp32")
-    ancestry = parent["provenance"]
+    ancestry, dataset = parent["provenance"], dataset_of(parent)
     holdout = ancestry.get("holdout", False)  # then the calibration sees no validation image either
-    (images, _), _ = load_training(args.data_dir, holdout, args.smoke)
+    (images, _), _ = reload_training(dataset, args.data_dir, holdout)
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
     chosen = torch.randperm(len(images), generator=generator)[: args.calibration_images]
 
-    model = fp32_model(parent)
-    tensors, quantization = to_tensors(quantize_model(model, images[chosen], args.engine))
-    quantization["engine"] = args.engine
-    deployed = int8_model({"tensors": tensors, "quantization": quantization})
-    agree = predict(deployed, images[chosen]) == predict(model, images[chosen])
+    graph, folded = deployed(graph_of(parent), parent["tensors"])
+    batches = (normalize(batch, dataset) for batch in images[chosen].split(CALIBRATION_BATCH))
+    tensors, quantization = quantize(graph, folded, batches, args.engine)
+    parts = {"graph": to_plain(graph), "tensors": tensors, "quantization": quantization}
+    theirs = predict(float_module(parent), images[chosen], dataset)
+    agree = predict(int8_module(parts), images[chosen], dataset) == theirs
     calibration = {
         "source": f"{len(images):,} training images",
         "images": len(chosen),
@@ -178,9 +91,8 @@ def quantize_checkpoint(step: Step, parent_path: Path, args) -> None:
     lineage = {key: ancestry[key] for key in ("method", "criterion", "seed")}
     lineage |= parent_fields(parent_path)
     origin = provenance(step.record.stem, args, **lineage, holdout=holdout)
-    packed = lineage["method"].startswith("pruned")
     result = {"calibration": calibration, **quantization}
-    save_variant(step, origin, "int8", tensors, result, quantization, packed)
+    save_variant(step, origin, "int8", (graph, tensors), dataset, result, quantization)
     percent = calibration["agreement_with_parent_percent"]
     print(f"{step.record.stem}: {percent:.2f} % of the calibration images as {parent_path.stem}")
 

@@ -9,18 +9,16 @@ Writes  results/hardware.json, whose figures evaluate.py joins to its tables
 
 Measured: instructions, flash and RAM of the linked program in QEMU, and the interpreter's arena.
 Modelled: the NPU (by Arm's Vela) and cycles (keys with _modelled). What a missing tool would
-have given is null, "not measured". INT8 variants and the FP32 baseline of the lowest seed are taken;
-a pruned FP32 network would run the baseline's dense kernels.
+have given is null, "not measured". The INT8 variants of the lowest seed are taken; a run has one network
+and one data set.
 """
 
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from edgecnn.c_source import c_source, compile_host, network_inputs, run_host, stored_layers
-from edgecnn.checkpoint import find_checkpoints, load_checkpoint
+from edgecnn.checkpoint import dataset_of, find_checkpoints, load_checkpoint
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -28,19 +26,19 @@ from edgecnn.cli import (
     positive_int,
     run_name,
 )
-from edgecnn.cortex_m import NotInstalled, cortex_m_row, require_tools, tool_versions
-from edgecnn.data import load_judging
+from edgecnn.data import load_judging, normalize
+from edgecnn.deploy.c_source import host_logits
+from edgecnn.deploy.cortex_m import NotInstalled, cortex_m_row, require_tools, tool_versions
+from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
+from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.files import json_bytes, read_record, sha256
-from edgecnn.int8 import with_zeros
 from edgecnn.names import results_dir
+from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
-from edgecnn.tflite import write_tflite
 
 IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
 ZEROS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the break-even picture
-TOLERANCE = 1e-3  # of FP32 logits: the compilers may order additions differently
 FROM_EXPORT = {
     "tflite_bytes": "tflite_bytes",
     "tflite_micro_arena_bytes": "tflite_micro_arena_bytes",
@@ -71,22 +69,18 @@ def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
 def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
     """cortex_m_row, its outputs checked on all images against the same C on this machine.
 
-    Empty where the compiler or QEMU is missing. Raises UserError where the outputs differ.
+    images: normalized (N, C, H, W). Empty where the compiler or QEMU is missing. Raises UserError
+    where the outputs differ.
     """
-    inputs, precision = network_inputs(checkpoint, images), checkpoint["precision"]
+    inputs = quantize_images(checkpoint, images)
     try:
         row = cortex_m_row(checkpoint, inputs)
     except NotInstalled as error:
         print(f"Cortex-M: not measured: {error}")
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = c_source(stored_layers(checkpoint), precision)
-        library = compile_host(source, precision, Path(folder) / "network.so")
-        expected = run_host(library, inputs).double()
-    difference = (torch.tensor(row.pop("m4_logits"), dtype=torch.float64) - expected).abs().max()
-    if difference > (0 if precision == "int8" else TOLERANCE):
+    if row.pop("m4_logits") != host_logits(checkpoint, inputs).tolist():
         raise UserError(
-            f"the emulated Cortex-M4 differs from this machine by up to {difference:g} in a logit; "
+            "the emulated Cortex-M4 gives other logits than this machine; "
             "no figure of it can be trusted, check the compilers"
         )
     return row | {"m4_checked_images": len(inputs)}
@@ -95,12 +89,10 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
 def hardware_row(path: Path, images: torch.Tensor, folder: Path, accelerator: str) -> dict:
     """One row of hardware.json. Raises UserError where a tool fails."""
     checkpoint, digest = load_checkpoint(path), sha256(path)
-    row = {"variant": path.stem, "checkpoint_sha256": digest, "hardware_commit": COMMIT}
-    if checkpoint["precision"] == "int8":
-        tflite, figures = exported(folder, path.stem, digest)
-        row |= figures
-        if tflite and vela_installed():
-            row |= npu_cost(tflite, accelerator)
+    tflite, figures = exported(folder, path.stem, digest)
+    row = {"variant": path.stem, "checkpoint_sha256": digest, "hardware_commit": COMMIT, **figures}
+    if tflite and vela_installed():
+        row |= npu_cost(tflite, accelerator)
     return row | cortex_m(checkpoint, images)
 
 
@@ -110,7 +102,7 @@ def hardware_row(path: Path, images: torch.Tensor, folder: Path, accelerator: st
 def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, accelerator: str) -> dict:
     """Costs of a network with the same share of zeros in every layer: for costs, not accuracy."""
     sparse = with_zeros(checkpoint, share)
-    inputs = network_inputs(sparse, images[:1])
+    inputs = quantize_images(sparse, images[:1])
     row = {"zeros_percent": 100 * share, "hardware_commit": COMMIT}
     for storage in ("dense", "sparse"):
         found = cortex_m_row(sparse, inputs, storage)
@@ -163,16 +155,17 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def variants(run: str) -> list[Path]:
-    """The lowest seed's INT8 checkpoints and its FP32 baseline."""
-    found = [(path, load_checkpoint(path)) for path in find_checkpoints(run)]
-    first = min(checkpoint["provenance"]["seed"] for _, checkpoint in found)
-    return [
-        path
-        for path, checkpoint in found
-        if checkpoint["provenance"]["seed"] == first
-        and (checkpoint["precision"] == "int8" or checkpoint["provenance"]["method"] == "baseline")
-    ]
+def variants(run: str) -> dict[Path, dict]:
+    """The INT8 checkpoints of the lowest seed, the dense baseline first; raises UserError."""
+    checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
+    found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
+    if not found:
+        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
+    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
+    ours = {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
+    return dict(
+        sorted(ours.items(), key=lambda item: item[1]["provenance"]["method"] != "baseline")
+    )
 
 
 def tools() -> dict[str, str]:
@@ -201,12 +194,14 @@ def main():
     args = parse_arguments()
     folder = results_dir(run_name(args))
     require_accelerator(args.accelerator)
-    paths = variants(run_name(args))
-    paths.sort(key=lambda path: path.stem != "baseline_int8")  # the break-even is its
+    checkpoints = variants(run_name(args))
+    paths = list(checkpoints)
     step = hardware_step(args, folder, paths)
     if step.kept():
         return
-    images, rows = load_judging(args)[0][0][: args.images], []
+    dataset, rows = dataset_of(checkpoints[paths[0]]), []
+    (images, _), _ = load_judging(dataset, args.data_dir)
+    images = normalize(images[: args.images], dataset)
     if args.break_even:
         rows = break_even(paths[0], images, args.accelerator)
     for path in [] if args.break_even else paths:

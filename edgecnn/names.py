@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+AUGMENTATIONS = ("both", "flip", "crop", "none")  # random changes of training pictures
 DEFAULT_CRITERION = "layer-rank"  # left out of a variant's name, like seed 0
 NAME_PATTERN = re.compile(
     r"(?P<method>baseline|control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"

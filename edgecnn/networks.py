@@ -14,7 +14,6 @@ import importlib.util
 import inspect
 import sys
 import traceback
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
+from edgecnn.torch_files import read_torch
 
 Shape = tuple[int, int, int]  # (C, H, W) of one image
 
@@ -241,17 +241,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; --weights takes a state_dict written by torch.save")
     limit = 2 * sum(t.nbytes for t in expected.values()) + 2**20  # float64, names and all
+
+    def check(state, size: int) -> None:
+        if size > limit:
+            raise ValueError(f"it holds {size:,} bytes; this network's weights at most {limit:,}")
+
     try:
-        with zipfile.ZipFile(path) as records:
-            size = max(path.stat().st_size, sum(r.file_size for r in records.infolist()))
-        state = torch.load(path, map_location="cpu", weights_only=True) if size <= limit else None
-    except Exception as error:  # torch, zip and pickle each have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "weights only" in reason.lower():
-            reason = "it holds Python objects besides tensors, which are refused, never executed"
-        raise UserError(f"{path} is no state_dict that torch.save wrote ({reason})") from None
-    if size > limit:
-        raise UserError(f"{path} takes {size:,} bytes; this network's weights at most {limit:,}")
+        state = read_torch(path, check)
+    except ValueError as error:
+        raise UserError(f"{path} is no state_dict that torch.save wrote ({error})") from None
     problem = misfit(state, expected)
     if problem:
         raise UserError(f"{path} does not fit the network: {problem}")

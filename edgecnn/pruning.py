@@ -6,7 +6,7 @@ from torch.nn.utils import prune
 
 from edgecnn.energy import weight_energy_pj
 from edgecnn.errors import UserError
-from edgecnn.model import IMAGE_SHAPE, weight_layers
+from edgecnn.split import Shape
 from mac_hooks import count_macs
 
 CRITERIA = ("l1", "layer-rank", "lamp", "energy")
@@ -49,22 +49,30 @@ def importance(weight: torch.Tensor, criterion: str, energy_pj: float = 1.0) -> 
     return lamp_scores(weight) / (energy_pj if criterion == "energy" else 1.0)
 
 
-def layer_energy_pj(model: nn.Module) -> dict[str, float]:
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that own MACs, by name, in the order of the graph's nodes."""
+    kinds = nn.Conv2d | nn.Linear
+    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+
+
+def layer_energy_pj(model: nn.Module, input_shape: Shape) -> dict[str, float]:
     """What one weight costs an inference, by layer: its MACs and its fetch, weights in SRAM."""
-    rows = {row.name: row for row in count_macs(model, IMAGE_SHAPE).layers}
+    rows = {row.name: row for row in count_macs(model, input_shape).layers}
     return {
         name: weight_energy_pj(rows[name].macs // layer.weight.numel(), DEPLOYED_BITS)
         for name, layer in weight_layers(model).items()
     }
 
 
-def prune_globally(model: nn.Module, sparsity: float, criterion: str) -> dict[str, torch.Tensor]:
+def prune_globally(
+    model: nn.Module, input_shape: Shape, sparsity: float, criterion: str
+) -> dict[str, torch.Tensor]:
     """Zero the given share of all weights (biases and BN excluded), exact to one weight.
 
     Returns the masks by layer: bool, True where a weight is kept. Weights that are zero already go
     first, so a mask only shrinks. Raises UserError when more of them are zero than asked for.
     """
-    layers, prices = weight_layers(model), layer_energy_pj(model)
+    layers, prices = weight_layers(model), layer_energy_pj(model, input_shape)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
     count = sum(layer.weight.numel() for layer in layers.values())
     if zeros > round(sparsity * count):

@@ -15,7 +15,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 from torch.nn import functional as F
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale

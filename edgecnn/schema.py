@@ -9,15 +9,16 @@ from collections.abc import Iterator
 
 import torch
 
-from edgecnn.model import ARCHITECTURE, EdgeCNN, weight_layers
+from edgecnn.dataset import DataSet
+from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, from_plain, shapes_of, tensor_shapes
 from edgecnn.packing import check_packed
 from edgecnn.records import in_range, plain_problem
+from edgecnn.rewrite import deployed_graph
 from edgecnn.text import NAME_LENGTH, TEXT_LENGTH, is_name, is_text
 
-COUNTER = "num_batches_tracked"
 PRECISIONS = ("fp32", "int8")
 TENSOR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
-KEYS = ("architecture", "precision", "tensors", "provenance")
+KEYS = ("graph", "data", "precision", "tensors", "provenance")
 SCALES = (1e-20, 1e20)  # of int8 layers; their float32 products stay finite and above 0
 MOST_VALUES = 10_000  # in provenance
 # The keys of a provenance that every reader relies on, and what they hold.
@@ -38,25 +39,14 @@ OPTIONAL_ORIGIN = {
 }
 
 
-def tensor_shapes(checkpoint: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The tensors that a checkpoint's network has: name -> (dtype, shape).
+def expected_tensors(checkpoint: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors that a checkpoint's graph has: name -> (dtype, shape).
 
-    fp32: the module's own state without BN's batch counters. int8: of each layer with MACs the
-    folded weight and bias.
+    int8 files hold int8 weights and float32 biases, fp32 files float32 alone.
     """
-    with torch.device("meta"):
-        model = EdgeCNN()
-    if checkpoint["precision"] == "fp32":
-        state = model.state_dict()
-        return {n: (t.dtype, tuple(t.shape)) for n, t in state.items() if not n.endswith(COUNTER)}
-    shapes = {}
-    for name, layer in weight_layers(model).items():
-        name, shape = name.removesuffix(".conv"), tuple(layer.weight.shape)
-        shapes |= {
-            f"{name}.weight": (torch.int8, shape),
-            f"{name}.bias": (torch.float32, shape[:1]),
-        }
-    return shapes
+    weight = torch.int8 if checkpoint["precision"] == "int8" else torch.float32
+    found = tensor_shapes(from_plain(checkpoint["graph"]))
+    return {n: (weight if n.endswith(".weight") else torch.float32, s) for n, s in found.items()}
 
 
 def shown(dtype, shape) -> str:
@@ -74,13 +64,9 @@ def require(condition: bool, problem: str) -> None:
 
 
 def check_header(checkpoint: dict) -> None:
-    """Architecture, precision and provenance: plain values of the right types."""
+    """Precision, provenance, graph and data set: plain values of the right types."""
     for key in KEYS:
         require(key in checkpoint, f"it lacks `{key}`")
-    if checkpoint["architecture"] != ARCHITECTURE:
-        raise ValueError(
-            f"it holds the architecture {checkpoint['architecture']!s:.60}, not {ARCHITECTURE}"
-        )
     precision = checkpoint["precision"]
     known = isinstance(precision, str) and precision in PRECISIONS
     require(known, f"precision {precision!s:.60} is not known")
@@ -93,18 +79,27 @@ def check_header(checkpoint: dict) -> None:
     for key, right in (ORIGIN | OPTIONAL_ORIGIN).items():
         if key in origin:
             require(right(origin[key]), f"its provenance has {ascii(origin[key]):.40} as {key}")
+    problem = plain_problem(checkpoint["graph"]) or plain_problem(checkpoint["data"])
+    require(problem is None, f"in its graph or data set {problem}")
+    graph, dataset = from_plain(checkpoint["graph"]), DataSet.from_dict(checkpoint["data"])
+    require(graph.input_shape == dataset.shape, "its graph and its data set differ in shape")
+    (outputs,) = shapes_of(graph)[graph.output]
+    require(outputs == len(dataset.classes), "it has not an output a class")
+    if precision == "int8":
+        right = deployed_graph(graph) == graph
+        require(right, "its graph is not that of a deployed network")
 
 
 def check_layout(checkpoint: dict) -> None:
     """The tensors' names, types, shapes and layouts, packed ones as announced; quantization."""
-    tensors, expected = checkpoint["tensors"], tensor_shapes(checkpoint)
+    tensors, expected = checkpoint["tensors"], expected_tensors(checkpoint)
     require(isinstance(tensors, dict), "its tensors are no dictionary")
     for name in tensors:
         known = isinstance(name, str) and len(name) <= NAME_LENGTH and TENSOR_NAME.fullmatch(name)
         require(bool(known), f"{ascii(name):.60} is no name of a tensor")
-        require(name in expected, f"the tensors do not fit {ARCHITECTURE}: it has no {name:.60}")
+        require(name in expected, f"the tensors do not fit the graph: it has no {name:.60}")
     for name, (dtype, shape) in expected.items():
-        require(name in tensors, f"the tensors do not fit {ARCHITECTURE}: {name} is missing")
+        require(name in tensors, f"the tensors do not fit the graph: {name} is missing")
         value = tensors[name]
         if isinstance(value, dict):
             try:
@@ -116,43 +111,46 @@ def check_layout(checkpoint: dict) -> None:
         require(value.layout == torch.strided, f"{name} is no dense tensor")
         require(
             value.dtype == dtype and value.shape == shape,
-            f"the tensors do not fit {ARCHITECTURE}: {name} is {shown(value.dtype, value.shape)}, "
+            f"the tensors do not fit the graph: {name} is {shown(value.dtype, value.shape)}, "
             f"not {shown(dtype, shape)}",
         )
         whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
         require(whole, f"{name} is a view of other data")
     if checkpoint["precision"] == "int8":
-        check_quantization(checkpoint.get("quantization"), expected)
+        graph = from_plain(checkpoint["graph"])
+        check_quantization(checkpoint.get("quantization"), graph, expected)
 
 
-def check_quantization(quantization, expected: dict) -> None:
-    """Scales finite and above 0, one or one an output channel; zero points of unsigned 8 bits."""
+def check_quantization(quantization, graph: Graph, expected: dict) -> None:
+    """Scales finite and above 0, as many as there have to be; zero points of unsigned 8 bits."""
     require(isinstance(quantization, dict), "it lacks `quantization`, its scales and zero points")
     require(is_name(quantization.get("engine")), "its quantization names no engine")
-
-    def check(place: dict, which: str, name: str) -> None:
-        scale, zero_point = place.get(f"{which}_scale"), place.get(f"{which}_zero_point")
-        require(in_range(scale, *SCALES), f"the {which} scale of {name} is not finite and positive")
+    activations, weights = (quantization.get(key) for key in ("activations", "weights"))
+    names = [INPUT, *(node.name for node in graph.nodes)]
+    known = isinstance(activations, dict) and list(activations) == names
+    require(known, "its quantization is not of the graph's nodes, in their order")
+    for name, own in activations.items():
+        require(isinstance(own, dict), f"the quantization of {name} is no dictionary")
+        scale, zero_point = own.get("scale"), own.get("zero_point")
+        require(in_range(scale, *SCALES), f"the scale of {name} is not finite and positive")
         require(
             type(zero_point) is int and 0 <= zero_point <= 255,
-            f"the {which} zero point of {name} is no integer from 0 to 255",
+            f"the zero point of {name} is no integer from 0 to 255",
         )
-
-    check(quantization, "input", "the network")
-    layers = quantization.get("layers")
-    require(isinstance(layers, dict), "its quantization has no layers")
-    names = [name.removesuffix(".weight") for name in expected if name.endswith(".weight")]
-    require(list(layers) == names, f"its layers are not {', '.join(names)}, in this order")
-    for name, layer in layers.items():
-        require(isinstance(layer, dict), f"the quantization of {name} is no dictionary")
-        check(layer, "output", name)
-        scales, (outputs, *_) = layer.get("weight_scale"), expected[f"{name}.weight"][1]
-        right = isinstance(scales, list) and len(scales) in (1, outputs)
-        require(right, f"{name} needs 1 or {outputs} weight scales")
+    for node in graph.nodes:
+        if node.op not in ACTIVATED:
+            same = activations[node.name] == activations[node.inputs[0]]
+            require(same, f"{node.name} ({node.op}) does not keep the scale of its input")
+    layers = [node for node in graph.nodes if node.op in WEIGHTED]
+    known = isinstance(weights, dict) and list(weights) == [node.name for node in layers]
+    require(known, "its weight scales are not of the graph's layers, in their order")
+    for node in layers:
+        scales = weights[node.name]
+        count = expected[f"{node.name}.weight"][1][0] if node.op == "conv" else 1
+        right = isinstance(scales, list) and len(scales) == count
+        require(right, f"{node.name} needs {count} weight scales")
         finite = all(in_range(scale, *SCALES) for scale in scales)
-        require(finite, f"a weight scale of {name} is not finite and positive")
-        zero = layer.get("weight_zero_point")
-        require(type(zero) is int and zero == 0, f"the weight zero point of {name} is not 0")
+        require(finite, f"a weight scale of {node.name} is not finite and positive")
 
 
 def stored_bytes(checkpoint: dict) -> int:

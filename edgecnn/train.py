@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from edgecnn.checkpoint import read_torch, write_torch
-from edgecnn.data import Split, augmented_batches, normalize, pad_reflect
+from edgecnn.data import augmented_batches, crop_padding, normalize, pad_reflect
+from edgecnn.dataset import DataSet
 from edgecnn.errors import UserError
+from edgecnn.split import Split
+from edgecnn.torch_files import read_torch, write_torch
 
 MOMENTUM = 0.9  # Nesterov
 WEIGHT_DECAY = 5e-4
@@ -80,18 +82,19 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: torch.Tensor, device: torch.device | str = "cpu"):
-    """Predicted classes, int64 (N,), of uint8 (N, 3, 32, 32) images, in evaluation mode."""
+def predict(model: nn.Module, images: torch.Tensor, dataset: DataSet, device="cpu") -> torch.Tensor:
+    """Predicted classes, int64 (N,), of uint8 (N, C, H, W) images, in evaluation mode."""
     keep_freed_memory()
     model.eval()
     batches = images.split(EVALUATION_BATCH)
-    return torch.cat([model(normalize(batch.to(device))).argmax(1).cpu() for batch in batches])
+    batches = (normalize(batch.to(device), dataset) for batch in batches)
+    return torch.cat([model(batch).argmax(1).cpu() for batch in batches])
 
 
-def accuracy_percent(model: nn.Module, data: Split, device: torch.device | str = "cpu") -> float:
+def accuracy_percent(model: nn.Module, data: Split, dataset: DataSet, device="cpu") -> float:
     """Top-1 accuracy in percent."""
     images, labels = data
-    return 100 * (predict(model, images, device) == labels).double().mean().item()
+    return 100 * (predict(model, images, dataset, device) == labels).double().mean().item()
 
 
 def diverged(what: str) -> UserError:
@@ -110,7 +113,7 @@ def distillation_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tenso
 
 
 def train_epoch(
-    model, optimizer, recipe: Recipe, epoch: int, padded, labels, after_step, teacher
+    model, optimizer, recipe: Recipe, epoch: int, padded, labels, dataset, after_step, teacher
 ) -> dict:
     """One epoch; returns its history row. Raises UserError when the loss stops being finite."""
     model.train()
@@ -119,7 +122,7 @@ def train_epoch(
     steps = len(labels) // batch_size
     start, loss_sum, correct = time.perf_counter(), 0.0, 0
     bar = tqdm(
-        augmented_batches(padded, labels, batch_size, generator),
+        augmented_batches(padded, labels, batch_size, generator, dataset),
         desc=f"epoch {epoch + 1}/{recipe.epochs}",
         total=steps,
         disable=not sys.stderr.isatty(),
@@ -161,6 +164,7 @@ def train_epoch(
 def fit(
     model: nn.Module,
     train: Split,
+    dataset: DataSet,
     recipe: Recipe,
     device: torch.device,
     validation: Split | None = None,
@@ -191,15 +195,21 @@ def fit(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    source = {"start": recipe.start, "code": code, **environment(device)}
+    start = f"{recipe.start}, {dataset.fingerprint} {dataset.augment}, {len(train[1])} images"
+    source = {"start": start, "code": code, **environment(device)}
     history = load_resume(resume_path, model, optimizer, recipe, source) if resume_path else []
-    padded, labels = pad_reflect(train[0].to(device)), train[1].to(device)
+    padded = pad_reflect(train[0].to(device), crop_padding(dataset))
+    labels = train[1].to(device)
     for epoch in range(len(history), recipe.epochs):
-        row = train_epoch(model, optimizer, recipe, epoch, padded, labels, after_step, teacher)
+        row = train_epoch(
+            model, optimizer, recipe, epoch, padded, labels, dataset, after_step, teacher
+        )
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise diverged(f"a weight stopped being finite in epoch {epoch + 1}")
         if validation is not None:
-            row["validation_accuracy_percent"] = accuracy_percent(model, validation, device)
+            row["validation_accuracy_percent"] = accuracy_percent(
+                model, validation, dataset, device
+            )
         history.append(row)
         if resume_path is not None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -15,7 +15,7 @@ from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, kernels
 from edgecnn.deploy.integer import exact_logits, exact_values
 from edgecnn.deploy.plan import arrange, clash, planned
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Graph, Node
 from edgecnn.networks import NETWORKS
 from edgecnn.rewrite import deployed

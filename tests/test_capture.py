@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from edgecnn import model as today
 from edgecnn.capture import capture, check_classes
 from edgecnn.data import load_sample
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import GraphError, macs_of, tensor_shapes
 from edgecnn.module import module_of, tensors_of
 from edgecnn.networks import EdgeCNN

@@ -12,7 +12,7 @@ from edgecnn.capture import capture
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, cortex_m
 from edgecnn.deploy.integer import exact_logits
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.networks import NETWORKS
 from edgecnn.rewrite import deployed
 from edgecnn.upgrade import upgraded_int8

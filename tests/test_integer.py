@@ -30,7 +30,7 @@ from edgecnn.deploy.integer import (
     hwc_columns,
     integer_nodes,
 )
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import GraphError, Node, from_plain, tensor_shapes
 from edgecnn.quantized import int8_module, quantize_images, ran
 from edgecnn.upgrade import float_graph, upgraded_fp32, upgraded_int8

@@ -9,7 +9,7 @@ from foreign_networks import FOREIGN
 from torch import nn
 
 from edgecnn import model as today
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.networks import (
     NETWORKS,
     EdgeCNN,

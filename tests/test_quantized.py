@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecnn.data import load_sample, normalize
 from edgecnn.deploy.integer import exact_logits
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import Graph, Node, from_plain, macs_of, to_plain
 from edgecnn.quantized import (
     HIGHEST,

@@ -27,7 +27,7 @@ from edgecnn.deploy.tflite import (
     tflite_micro,
     write_tflite,
 )
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import ACTIVATED, from_plain
 from edgecnn.quantized import int8_module, integer_logits, with_zeros
 

@@ -19,8 +19,9 @@ import torch
 
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.plan import Plan, Step, planned
-from edgecnn.files import REPOSITORY, UserError, atomic_path
+from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, shapes_of
+from edgecnn.names import REPOSITORY
 from edgecnn.quantized import int8_module, integer_logits, quantize_images
 
 FIRMWARE = REPOSITORY / "firmware"
@@ -28,6 +29,7 @@ KERNELS = ("conv_direct", "conv_winograd", "conv_sparse", "conv_depthwise", "lin
 KERNELS = tuple(f"{name}.c" for name in (*KERNELS, "elementwise"))
 HEADERS = ("layers.h", "simd.h", "requantize.h", "multiply.h")
 EXAMPLE = "example_main.c"
+C_NAMES = (*KERNELS, *HEADERS, "main.c", "model.c", "model.h")  # a folder that compiles by itself
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 ARITHMETIC = (
     "-ffp-contract=off"  # a fused multiply-add would round once where the reference does twice
@@ -231,12 +233,20 @@ def write_source(source: Source, folder: Path) -> Path:
     return folder / "model.c"
 
 
+def host_compiler() -> list[str]:
+    """The command of this machine's C compiler; raises UserError where CC is no command line."""
+    try:
+        return shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise UserError(f"CC is no command line ({error}); name a C compiler in it") from None
+
+
 def compile_host(files: list[Path], library: Path, optimize: str = "-O2") -> ctypes.CDLL:
     """Compile C files and the kernels with this machine's compiler ($CC, or cc), and load the result.
 
     Raises UserError when the compiler is missing or fails.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    compiler = host_compiler()
     command = [*compiler, *WARNINGS, optimize, ARITHMETIC, "-fPIC", "-shared", f"-I{FIRMWARE}"]
     command += [*map(str, files), *(str(FIRMWARE / name) for name in KERNELS)]
     run_compiler([*command, "-o", str(library)], "install a C compiler, or name one in CC")
@@ -299,17 +309,12 @@ def host_parity(
 # ---- a folder that compiles by itself ----------------------------------------------------------
 
 
-def export_folder(checkpoint: dict, folder: Path, storage: str = "fastest") -> Source:
-    """Write kernels, model.c, model.h and an example main.c: `cc *.c && ./a.out picture.ppm`.
+def c_files(checkpoint: dict, storage: str = "fastest") -> dict[str, str]:
+    """The texts of C_NAMES: kernels, model.c, model.h and an example: `cc *.c && ./a.out picture.ppm`.
 
-    Every file is written whole or not at all. Raises UserError where the checkpoint does not fit.
+    Raises UserError where the checkpoint does not fit the kernels.
     """
     source = c_source(checkpoint, storage)
     texts = {name: (FIRMWARE / name).read_text() for name in (*KERNELS, *HEADERS)}
     texts |= {"main.c": (FIRMWARE / EXAMPLE).read_text()}
-    texts |= {"model.c": source.code, "model.h": source.header}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text)
-    return source
+    return texts | {"model.c": source.code, "model.h": source.header}

@@ -26,7 +26,7 @@ from edgecnn.deploy.c_source import (
     run_compiler,
     write_source,
 )
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
 STARTUP = "board.c"
@@ -40,15 +40,9 @@ INSTRUCTIONS_A_TICK = 40  # SysTick at the boards' 25 MHz; an instruction is 1 n
 CONDITIONS = "eq|ne|hs|lo|cs|cc|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|al"
 BRANCHES = ("cbz", "cbnz", "tbb", "tbh")
 
-STM32L4R5_FLASH_BYTES = 2 * 2**20  # STM32L4R5xI, datasheet DS12023
 # STM32L4R5 at 120 MHz: flash wait states (RM0432, table of wait states for range 1 boost mode) and the
 # bytes that one flash access fetches in its dual-bank mode.
 FLASH_WAIT_CYCLES, FLASH_LINE_BYTES = 5, 8
-# Energy a clock cycle, as the published MLPerf Tiny runs of the int8 ResNet-8 on this chip imply it:
-# energy * rate / 120 MHz, of the most efficient run (v1.3, X-CUBE-AI 10.2 with an external SMPS: 5,496
-# uJ at 6.04/s) and of the least (v1.0, microTVM with CMSIS-NN: 20,236 uJ at 2.57/s). The best one
-# without that supply (v1.2, X-CUBE-AI 9.0: 6,919 uJ at 6.06/s) implies 349.
-PICOJOULES_A_CYCLE, PICOJOULES_A_CYCLE_HIGH = 277, 433
 
 
 class Assumption(NamedTuple):
@@ -396,7 +390,7 @@ def instructions_by_node(source: Source, layers: list[Layer]) -> dict[str, int]:
 
 
 def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
-    """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
+    """The plain keys of one variant: Cortex-M4 measured, its cycles modelled, M7 counted.
 
     images: int8 (N, C, H, W) as the network takes them; the first one's inference is counted. The
     logits of all are in `m4_logits`, for the host's to be compared with; the M7's count is to within
@@ -428,9 +422,5 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest
     for suffix, assumption in ASSUMPTIONS.items():
         cycles = sum(layer_cycles(layer, assumption) for layer in layers)
         cycles += lines * assumption.weight_wait
-        picojoules = PICOJOULES_A_CYCLE_HIGH if suffix == "_high" else PICOJOULES_A_CYCLE
         row[f"m4_cycles_modelled{suffix}"] = cycles
-        fits_chip = row["m4_flash_bytes"] <= STM32L4R5_FLASH_BYTES
-        energy_uj = cycles * picojoules / 1e6 if fits_chip else None
-        row[f"stm32l4r5_energy_modelled{suffix}_uj"] = energy_uj
     return row | tool_versions() | {"m4_logits": ran["logits"].tolist()}

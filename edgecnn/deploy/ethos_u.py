@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 
 ACCELERATOR = "ethos-u55-128"
 TIMEOUT_S = 120  # this network compiles in about two seconds
@@ -40,12 +40,15 @@ def require_accelerator(name: str) -> None:
 
 def run_vela(tflite: bytes, accelerator: str, folder: Path) -> tuple[dict, str]:
     """(the one row of Vela's summary, its report) of a .tflite file, compiled in `folder`."""
+    folder = folder.resolve()
     path = folder / "network.tflite"
     path.write_bytes(tflite)
-    command = [sys.executable, "-m", "ethosu.vela", str(path), "--output-dir", str(folder)]
+    # -P and cwd: a module that lies where the user works is never imported.
+    command = [sys.executable, "-P", "-m", "ethosu.vela", str(path), "--output-dir", str(folder)]
     try:
         process = subprocess.run(
             [*command, "--accelerator-config", accelerator],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,

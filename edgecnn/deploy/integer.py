@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, WEIGHTED, Graph, GraphError, Node, from_plain, shapes_of
 from edgecnn.quantized import HIGHEST, ROUNDING_LIMIT, SIGNED_OFFSET, relu6_high
 

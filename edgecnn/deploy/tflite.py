@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 
 from edgecnn.deploy.integer import flat_maps, hwc_columns
-from edgecnn.files import UserError
+from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Graph, GraphError, Node, from_plain, shapes_of
 from edgecnn.quantized import SIGNED_OFFSET
 
