@@ -395,7 +395,7 @@ def instructions_by_node(source: Source, layers: list[Layer]) -> dict[str, int]:
     return counts
 
 
-def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
+def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balanced") -> dict:
     """The plain keys of one variant: Cortex-M4 measured, its cycles and energy modelled, M7 counted.
 
     images: int8 (N, C, H, W) as the network takes them; the first one's inference is counted. The
