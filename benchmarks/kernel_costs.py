@@ -173,6 +173,17 @@ def counted(
     return step.features, cortex_m.instructions_by_node(source, traced)["layer"]
 
 
+def code_bytes(objects: list[Path]) -> dict[str, int]:
+    """{kernel: bytes of its code}: of its file, or of its function where a file holds several."""
+    found = {}
+    for path in objects:
+        listed = cortex_m.output_of(["arm-none-eabi-nm", "-S", str(path)]).split("\n")
+        sizes = {w[3]: int(w[1], 16) for w in map(str.split, listed) if len(w) == 4}
+        alone = {path.stem: sum(sizes.values())}
+        found |= alone if path.stem in LAYERS else {k: v for k, v in sizes.items() if k in LAYERS}
+    return found
+
+
 def fit(features: list[dict], counts: list[int]) -> dict[str, float]:
     """Coefficients, none negative, of least relative error."""
     names = sorted({name for row in features for name in row})
@@ -189,12 +200,13 @@ def fit(features: list[dict], counts: list[int]) -> dict[str, float]:
 
 
 def measure(smoke: bool) -> dict:
-    """{instructions: coefficients by kernel, layers: what was counted, and the fit's estimate}."""
+    """{instructions: coefficients by kernel, code_bytes, layers: what was counted and estimated}."""
     found, rows = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = [c_source.FIRMWARE / file for file in c_source.KERNELS]
         objects = cortex_m.compile_files(files, cortex_m.M4, folder)
+        code = code_bytes(objects)
         for kernel, layers in LAYERS.items():
             layers = layers[: 2 if smoke else None]
             runs = [counted(checkpoint_of(layer), kernel, objects, folder) for layer in layers]
@@ -205,7 +217,8 @@ def measure(smoke: bool) -> dict:
                 rows.append({"kernel": kernel, "layer": layer._asdict(), "instructions": count})
                 rows[-1]["estimated"] = round(estimate)
                 print(f"{kernel} {layer}: {count:,} counted, {estimate / count - 1:+.1%} estimated")
-    return {"instructions": found, "layers": rows, **cortex_m.tool_versions()}
+    figures = {"instructions": found, "code_bytes": code, "layers": rows}
+    return figures | cortex_m.tool_versions()
 
 
 def main():

@@ -48,7 +48,7 @@ static void copy_patch(const conv_t *layer, const uint8_t *in, const uint8_t *en
 }
 
 /* columns[2 * words][4] of the values of four positions. */
-static void expand_columns(const uint8_t *const from[4], int words, pair_t *to)
+static __attribute__((noinline)) void expand_columns(const uint8_t *const from[4], int words, pair_t *to)
 {
     const uint8_t *a = from[0], *b = from[1], *c = from[2], *d = from[3];
     for (const uint8_t *end = a + 4 * words; a != end; a += 4, b += 4, c += 4, d += 4, to += 8) {
@@ -61,13 +61,24 @@ static void expand_columns(const uint8_t *const from[4], int words, pair_t *to)
 }
 
 /* rows[2 * words][2] of the weights of two outputs. */
-static void expand_rows(const int8_t *first, const int8_t *second, int words, pair_t *to)
+static __attribute__((noinline)) void expand_rows(const int8_t *first, const int8_t *second, int words, pair_t *to)
 {
     for (const int8_t *end = first + 4 * words; first != end; first += 4, second += 4, to += 4) {
         uint32_t a = load_word(first), b = load_word(second);
         store_two(to, signed_even(a), signed_even(b));
         store_two(to + 2, signed_odd(a), signed_odd(b));
     }
+}
+
+/* `put` with an addition behind it. */
+static __attribute__((noinline)) void put_added(const conv_t *layer, scale_t scale,
+                                                const int32_t *sums, int units,
+                                                const uint8_t *residual, uint8_t *out)
+{
+    const add_t add = *layer->add;
+    int step = layer->outputs;
+    for (int i = 0; i < units; i++, out += step, residual += step)
+        *out = (uint8_t)add_bytes(&add, requantize(scale, sums[i / 4 * 8 + i % 4]), *residual);
 }
 
 /* Writes one output channel of groups of four positions, or of windows that they are. */
@@ -82,9 +93,7 @@ static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, 
         return;
     }
     if (residual) {
-        const add_t add = *layer->add;
-        for (int i = 0; i < units; i++, out += step, residual += step)
-            *out = (uint8_t)add_bytes(&add, requantize(scale, sums[i / 4 * 8 + i % 4]), *residual);
+        put_added(layer, scale, sums, units, residual, out);
         return;
     }
     for (int two = 2 * step, three = 3 * step; units >= 4; units -= 4, sums += 8, out += 4 * step) {

@@ -21,7 +21,7 @@ static inline int columns_of(const conv_t *layer)
 
 static inline int rows_of(const conv_t *layer) { return layer->kernel_height + layer->stride_y; }
 
-static void pack_band(const conv_t *layer, const uint8_t *in, int out_row, pair_t *band)
+static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8_t *in, int out_row, pair_t *band)
 {
     int c_count = layer->inputs, columns = columns_of(layer), step = layer->stride_x;
     int plane = rows_of(layer) * step * columns, half = half_of(layer);
@@ -84,17 +84,26 @@ static inline __attribute__((always_inline)) void sums_of(const uint8_t *entry, 
     sums[4] = s4, sums[5] = s5, sums[6] = s6, sums[7] = s7;
 }
 
+/* `put` with an addition behind it. */
+static __attribute__((noinline)) void put_added(const conv_t *layer, scale_t scale,
+                                                const int32_t *sums, int count,
+                                                const uint8_t *residual, uint8_t *out)
+{
+    const add_t add = *layer->add;
+    int step = layer->outputs;
+    for (; count > 0; count--, out += step, residual += step)
+        *out = (uint8_t)add_bytes(&add, requantize(scale, *sums++), *residual);
+}
+
 /* Writes four positions of a row from x on. */
 static inline void put(const conv_t *layer, scale_t scale, const int32_t *sums, int x,
                        const uint8_t *residual, uint8_t *out)
 {
     int count = smaller(layer->out_width - x, 4), step = layer->outputs;
-    if (residual) {
-        const add_t add = *layer->add;
-        for (; count > 0; count--, out += step, residual += step)
-            *out = (uint8_t)add_bytes(&add, requantize(scale, *sums++), *residual);
-    }
-    for (; count > 0; count--, out += step) *out = (uint8_t)requantize(scale, *sums++);
+    if (residual)
+        put_added(layer, scale, sums, count, residual, out);
+    else
+        for (; count > 0; count--, out += step) *out = (uint8_t)requantize(scale, *sums++);
 }
 
 /* Writes two windows of two rows of sums from x on. */

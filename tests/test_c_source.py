@@ -98,7 +98,7 @@ def foreign() -> dict[str, tuple[nn.Module, tuple]]:
 def test_shipped_networks_equal_exact_integers(library, shipped, zeros):
     for name, graph in shipped.items():
         checkpoint, image = random_checkpoint(graph, zeros=zeros), random_images(graph, 1)[0]
-        for storage in ("fastest", "sparse"):
+        for storage in ("fastest", "balanced", "sparse"):
             plan = planned(checkpoint, storage)
             assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
@@ -183,11 +183,22 @@ def test_places_are_the_closed_form():
 # ---- which kernel --------------------------------------------------------------------------------
 
 
-def test_the_fewest_instructions_decide():
-    few, many = np.ones((256, 2048), np.int8), np.zeros((256, 2048), np.int8)
-    many[:, ::50] = 1
-    assert kernels.chosen(kernels.linear_choices(few), "fastest").kernel == "linear_dense"
-    assert kernels.chosen(kernels.linear_choices(many), "fastest").kernel == "linear_sparse"
+def kernel_of(weight: np.ndarray, storage: str) -> str:
+    return kernels.chosen({"layer": kernels.linear_choices(weight)}, storage)["layer"].kernel
+
+
+def test_the_fewest_instructions_or_their_product_with_flash_decide():
+    """Three in four zeros: as many bytes as half the weights, at a few more instructions."""
+    few, some, many = (np.zeros((256, 2048), np.int8) for _ in range(3))
+    few[:], some[:, ::5], many[:, ::50] = 1, 1, 1
+    assert [kernel_of(w, "fastest") for w in (few, some, many)] == [
+        "linear_dense",
+        "linear_dense",
+        "linear_sparse",
+    ]
+    assert kernel_of(some, "balanced") == "linear_sparse"
+    assert kernel_of(few, "balanced") == "linear_dense"
+    assert [kernel_of(many, s) for s in ("dense", "sparse")] == ["linear_dense", "linear_sparse"]
 
 
 def test_estimates_are_what_was_counted():

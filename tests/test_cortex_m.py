@@ -60,7 +60,7 @@ def test_headline_network(tmp_path):
     row = cortex_m.cortex_m_row(checkpoint, IMAGES)
     assert row["m4_logits"] == exact_logits(checkpoint, IMAGES).tolist()
     assert row["m4_instructions"] <= 4.9e6
-    assert row["m4_ram_bytes"] <= 17_200 and row["m4_flash_bytes"] <= 110_000
+    assert row["m4_ram_bytes"] <= 17_200 and row["m4_flash_bytes"] <= 103_568  # CMSIS-NN's ResNet-8
     assert row["stm32f405_fits"]
     assert sum(row["m4_instructions_per_layer"].values()) == row["m4_instructions"]
     assert sum(row["m4_instructions_by_class"].values()) == row["m4_instructions"]

@@ -144,7 +144,7 @@ def pixel_table(checkpoint: dict) -> np.ndarray:
     return quantize_images(checkpoint, values).view(PIXELS, -1).T.contiguous().numpy()
 
 
-def c_source(checkpoint: dict, storage: str = "fastest") -> Source:
+def c_source(checkpoint: dict, storage: str = "balanced") -> Source:
     """model.c and model.h of an int8 checkpoint. Raises UserError where its numbers do not fit."""
     plan = planned(checkpoint, storage)
     shapes, data = shapes_of(plan.graph), checkpoint["data"]
@@ -269,7 +269,7 @@ def run_host(library: ctypes.CDLL, images: torch.Tensor, logits: int) -> torch.T
     return found
 
 
-def host_logits(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> torch.Tensor:
+def host_logits(checkpoint: dict, images: torch.Tensor, storage: str = "balanced") -> torch.Tensor:
     """int8 logits (N, classes) of the generated C, compiled here, for int8 images (N, C, H, W)."""
     source = c_source(checkpoint, storage)
     with tempfile.TemporaryDirectory() as folder:
@@ -290,7 +290,7 @@ def agreement(logits: torch.Tensor, other: torch.Tensor) -> dict:
 
 
 def host_parity(
-    checkpoint: dict, images: torch.Tensor, engines: tuple[str, ...], storage: str = "fastest"
+    checkpoint: dict, images: torch.Tensor, engines: tuple[str, ...], storage: str = "balanced"
 ) -> dict:
     """The generated C, compiled here, against exact integers and torch's engines.
 
@@ -309,7 +309,7 @@ def host_parity(
 # ---- a folder that compiles by itself ----------------------------------------------------------
 
 
-def c_files(checkpoint: dict, storage: str = "fastest") -> dict[str, str]:
+def c_files(checkpoint: dict, storage: str = "balanced") -> dict[str, str]:
     """The texts of C_NAMES: kernels, model.c, model.h and an example: `cc *.c && ./a.out picture.ppm`.
 
     Raises UserError where the checkpoint does not fit the kernels.

@@ -29,7 +29,7 @@ from edgecnn.deploy.c_source import (
 from edgecnn.errors import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
-STARTUP = "board.c"
+STARTUP = "startup.c"
 INSTALL = "sudo apt-get install gcc-arm-none-eabi qemu-system-arm"
 OPTIMIZE = "-O3 -fno-schedule-insns -ffreestanding -ffunction-sections -fdata-sections".split()
 LINK = "-nostdlib -Wl,--gc-sections -Wl,--no-warn-rwx-segments".split()
@@ -389,7 +389,7 @@ def instructions_by_node(source: Source, layers: list[Layer]) -> dict[str, int]:
     return counts
 
 
-def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "fastest") -> dict:
+def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balanced") -> dict:
     """The plain keys of one variant: Cortex-M4 measured, its cycles modelled, M7 counted.
 
     images: int8 (N, C, H, W) as the network takes them; the first one's inference is counted. The

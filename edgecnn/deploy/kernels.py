@@ -2,9 +2,10 @@
 
 A layer is stored densely or as its non-zeros alone: two bytes each, the step from the last one and
 the value. Which kernel a layer gets is decided by its instructions on a Cortex-M4, by a formula whose
-coefficients were counted (kernel_costs.json, benchmarks/kernel_costs.py).
+coefficients were counted, and by its bytes of flash (kernel_costs.json, benchmarks/kernel_costs.py).
 """
 
+import itertools
 import json
 import math
 from functools import cache
@@ -43,7 +44,7 @@ class Stored(NamedTuple):
     @property
     def instructions(self) -> float:
         """Estimated instructions of one inference on a Cortex-M4."""
-        costs = coefficients()[self.kernel]
+        costs = counted()["instructions"][self.kernel]
         return sum(costs[name] * count for name, count in self.features.items())
 
     @property
@@ -59,9 +60,9 @@ class Stored(NamedTuple):
 
 
 @cache
-def coefficients() -> dict[str, dict[str, float]]:
-    """{kernel: {coefficient: instructions}}, as counted."""
-    return json.loads(COSTS.read_text())["instructions"]
+def counted() -> dict:
+    """instructions: {kernel: {coefficient: instructions}}; code_bytes: {kernel: bytes of its code}."""
+    return json.loads(COSTS.read_text())
 
 
 def ceil_div(n: int, d: int) -> int:
@@ -283,23 +284,17 @@ def conv_depthwise(g: Geometry, weight: np.ndarray, room: int | None = None) -> 
     return Stored("conv_depthwise", members, arrays, scratch, same, features, 1)
 
 
-def conv_choices(
-    g: Geometry,
-    weight: np.ndarray,
-    groups: int,
-    image: bool,
-    room: int | None = None,
-) -> list[Stored]:
-    """Every kernel that takes a convolution, the dense ones first.
-
-    image: its input is signed. room: bytes of scratch that it may take, instead of each kernel's own.
-    """
+def conv_choices(g: Geometry, weight: np.ndarray, groups: int, image: bool) -> list[Stored]:
+    """Every kernel that takes a convolution, the dense ones first; `image`: its input is signed."""
     if groups > 1:
-        return [conv_depthwise(g, weight, room)]
-    dense = [conv_direct(g, weight, room)]
+        return [conv_depthwise(g, weight)]
+    dense = [conv_direct(g, weight)]
     if winograd_takes(g) and not image:
         dense.append(conv_winograd(g, weight))
     return [*dense, conv_sparse(g, weight)]
+
+
+ROOMY = {"conv_direct": conv_direct, "conv_depthwise": conv_depthwise}  # take a `room`
 
 
 # ---- linear layers -----------------------------------------------------------------------------
@@ -328,17 +323,50 @@ def linear_choices(weight: np.ndarray) -> list[Stored]:
 
 # ---- the choice --------------------------------------------------------------------------------
 
-STORAGES = ("fastest", "dense", "sparse")
+STORAGES = ("balanced", "fastest", "dense", "sparse")
+ROUNDS = 4  # of weighing instructions against bytes; two settle it
 
 
-def chosen(choices: list[Stored], storage: str) -> Stored:
-    """The kernel of a layer: the one of fewest instructions, and of two alike the smaller.
+def chosen(layers: dict[str, list[Stored]], storage: str) -> dict[str, Stored]:
+    """{layer: one of its kernels}.
 
-    storage: `fastest` of all, of the `dense` kernels alone, `sparse` wherever a kernel is, or the name
-    of a kernel, for the layers that it takes.
+    storage: `balanced`, see below; else the fewest instructions of all kernels (`fastest`), of the
+    `dense` ones alone, of the `sparse` ones where there is one; or the name of a kernel, for the layers
+    that it takes.
     """
-    sparse = [c for c in choices if c.kernel.endswith("_sparse")]
-    dense = [c for c in choices if c not in sparse]
-    named = [c for c in choices if c.kernel == storage]
-    allowed = {"fastest": choices, "dense": dense, "sparse": sparse or dense}.get(storage, named)
-    return min(allowed or choices, key=lambda c: (c.instructions, c.stored_bytes))
+    if storage == "balanced":
+        return balanced(layers)
+
+    def allowed(choices):
+        sparse = [c for c in choices if c.kernel.endswith("_sparse")]
+        dense = [c for c in choices if c not in sparse]
+        named = [c for c in choices if c.kernel == storage]
+        return {"fastest": choices, "dense": dense, "sparse": sparse}.get(storage, named) or choices
+
+    return {n: min(allowed(c), key=lambda one: one.instructions) for n, c in layers.items()}
+
+
+def balanced(layers: dict[str, list[Stored]]) -> dict[str, Stored]:
+    """The least product of instructions and flash: a percent of one is worth a percent of the other.
+
+    Flash is the weights' and that of the kernels in use, which is why every set of kernels is tried.
+    """
+    kinds = sorted({choice.kernel for choices in layers.values() for choice in choices})
+    best, least = {}, math.inf
+    for size in range(1, len(kinds) + 1):
+        for used in itertools.combinations(kinds, size):
+            options = {n: [c for c in choices if c.kernel in used] for n, choices in layers.items()}
+            if not all(options.values()):
+                continue
+            code, price = sum(counted()["code_bytes"][kernel] for kernel in used), 0.0
+            for _ in range(ROUNDS):
+                picked = {
+                    n: min(c, key=lambda one: one.instructions + price * one.stored_bytes)
+                    for n, c in options.items()
+                }
+                instructions = sum(one.instructions for one in picked.values())
+                flash = code + sum(one.stored_bytes for one in picked.values())
+                if instructions * flash < least:
+                    best, least = picked, instructions * flash
+                price = instructions / flash
+    return best

@@ -8,11 +8,14 @@ decided here; a step writes over an input that nobody reads later, where its ker
 import math
 import random
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from edgecnn.deploy.integer import IntegerNode, flat_maps, hwc_columns, integer_nodes
 from edgecnn.deploy.kernels import (
+    ROOMY,
+    Geometry,
     Stored,
     chosen,
     conv_choices,
@@ -118,11 +121,9 @@ def add_scales(n: IntegerNode, first: str) -> tuple:
     return scale_a, scale_b, zero_a, zero_b, n.zero
 
 
-def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, room) -> Step:
-    """`fused`: the pool or addition behind it. room: bytes of scratch, or None; see conv_choices."""
+def conv_step(n: IntegerNode, g: Geometry, fused, flip: bool, stored: Stored) -> Step:
+    """`fused`: the pool or addition behind it, or None; flip: its input is the signed image."""
     pool = fused is not None and fused.node.op == "max_pool"
-    g = geometry(n, shape, pool)
-    stored = chosen(conv_choices(g, n.weight, n.node.options["groups"], flip, room), storage)
     requantize, constants = requantizer(n)
     members = {**g._asdict(), **stored.members, "flip": FLIP if flip else 0}
     members |= {"zero": n.zeros[0] * 0x01010101, "requantize": requantize}
@@ -149,12 +150,10 @@ def conv_step(n, shape, fused: IntegerNode | None, flip: bool, storage: str, roo
     )
 
 
-def linear_step(n: IntegerNode, columns: tuple | None, storage: str) -> Step:
-    """`columns`: the map (C, H, W) that the input's features once were, where that matters."""
-    weight = hwc_columns(n.weight, columns[0]) if columns else n.weight
-    stored: Stored = chosen(linear_choices(weight), storage)
+def linear_step(n: IntegerNode, stored: Stored) -> Step:
     requantize, constants = requantizer(n)
-    members = {"inputs": weight.shape[1], "outputs": len(weight), "requantize": requantize}
+    outputs, inputs = n.weight.shape
+    members = {"inputs": inputs, "outputs": outputs, "requantize": requantize}
     arrays, over = stored.arrays | constants, n.node.inputs if stored.in_place else ()
     return Step(
         n.node.name,
@@ -225,40 +224,73 @@ def residuals(fused: dict[str, IntegerNode]) -> set[str]:
     return {f.node.name for f in fused.values()}
 
 
-def steps_of(checkpoint: dict, storage: str, rooms: dict) -> tuple[Graph, list[Step]]:
-    """The steps of an int8 checkpoint; values bear the names of the nodes that give them.
+class Network(NamedTuple):
+    """What the steps of a checkpoint follow from.
 
-    rooms: {conv: bytes of scratch that it may take}, of those that may take more than they must.
-
-    storage: `fastest`, `dense` or `sparse`; see kernels.chosen. Raises UserError where the checkpoint's
-    numbers do not fit its network.
+    fused: {conv: the pool or addition behind it}. flip: convolutions read the image signed, as it comes.
+    geometries: of the convolutions.
     """
+
+    graph: Graph
+    nodes: list[IntegerNode]
+    fused: dict[str, IntegerNode]
+    flip: bool
+    geometries: dict[str, Geometry]
+
+
+def network_of(checkpoint: dict) -> Network:
+    """Raises UserError where the checkpoint's numbers do not fit its network."""
     nodes, graph = integer_nodes(checkpoint), from_plain(checkpoint["graph"])
-    shapes, maps, fused = shapes_of(graph), flat_maps(graph), fusions(nodes)
+    shapes, fused, geometries = shapes_of(graph), fusions(nodes), {}
+    for n in nodes:
+        if n.node.op == "conv":
+            pool = n.node.name in fused and fused[n.node.name].node.op == "max_pool"
+            geometries[n.node.name] = geometry(n, shapes[n.node.inputs[0]], pool)
+    return Network(graph, nodes, fused, takes_image(nodes, fused), geometries)
+
+
+def choices_of(network: Network) -> dict[str, list[Stored]]:
+    """{conv or linear: it as each kernel that takes it stores it}."""
+    maps, found = flat_maps(network.graph), {}
+    for n in network.nodes:
+        name, (source, *_) = n.node.name, n.node.inputs
+        if n.node.op == "conv":
+            image, groups = network.flip and source == INPUT, n.node.options["groups"]
+            found[name] = conv_choices(network.geometries[name], n.weight, groups, image)
+        elif n.node.op == "linear":
+            # torch flattens C, H, W; here a map's channels stand side by side.
+            columns = hwc_columns(n.weight, maps[source][0]) if source in maps else n.weight
+            found[name] = linear_choices(columns)
+    return found
+
+
+def steps_of(network: Network, stored: dict[str, Stored]) -> list[Step]:
+    """The steps of a network whose layers are stored so; values bear the names of their nodes."""
+    shapes, fused, flip = shapes_of(network.graph), network.fused, network.flip
     behind = {f.node.name for f in fused.values()}
-    flip, steps, alias = takes_image(nodes, fused), [], {}
+    steps, alias = [], {}
     if not flip:
         steps.append(flip_step(INPUT, "image", shapes[INPUT]))
         alias[INPUT] = "image"
-    for n in nodes:
-        name, op, shape = n.node.name, n.node.op, shapes[n.node.inputs[0]]
+    for n in network.nodes:
+        name, op, (source, *_) = n.node.name, n.node.op, n.node.inputs
         if name in behind:
             continue
         if op == "flatten":
-            alias[name] = alias.get(n.node.inputs[0], n.node.inputs[0])
+            alias[name] = alias.get(source, source)
             continue
         last = fused.get(name, n)  # whose range and name the value has
         if op == "conv":
-            signed, room = flip and INPUT in n.node.inputs, rooms.get(name)
-            made = conv_step(n, shape, fused.get(name), signed, storage, room)
+            signed = flip and source == INPUT
+            made = conv_step(n, network.geometries[name], fused.get(name), signed, stored[name])
         elif op == "linear":
-            made = linear_step(n, maps.get(n.node.inputs[0]), storage)
+            made = linear_step(n, stored[name])
         elif op == "add":
             made = add_step(n)
         elif op in ("relu", "relu6"):
-            made = clamp_step(n, n.node.inputs[0])
+            made = clamp_step(n, source)
         else:
-            made = pool_step(n, shape)
+            made = pool_step(n, shapes[source])
         made = renamed(made, alias)
         limited = n if clamps(n) else last
         if clamps(limited) and op not in ("relu", "relu6"):
@@ -267,7 +299,7 @@ def steps_of(checkpoint: dict, storage: str, rooms: dict) -> tuple[Graph, list[S
             made = clamp_step(limited._replace(shape=last.shape), raw)
             made = replace(made, node=name, output=last.node.name)
         steps.append(made)
-    return graph, steps
+    return steps
 
 
 def renamed(step: Step, alias: dict[str, str]) -> Step:
@@ -366,16 +398,19 @@ def arranged(graph: Graph, steps: list[Step]) -> tuple[Plan, dict[int, int]]:
     return Plan(graph, steps, sizes, places, offsets[len(owners) :], peak), in_use
 
 
-def planned(checkpoint: dict, storage: str = "fastest") -> Plan:
+def planned(checkpoint: dict, storage: str = "balanced") -> Plan:
     """The plan of an int8 checkpoint: a small arena, which dense convolutions then fill.
 
-    Raises UserError where the checkpoint's numbers do not fit its network.
+    storage: see kernels.chosen. Raises UserError where the checkpoint's numbers do not fit its network.
     """
-    plan, in_use = arranged(*steps_of(checkpoint, storage, {}))
-    rooms = {
-        step.node: step.scratch_bytes + plan.arena_bytes - in_use[at]
-        for at, step in enumerate(plan.steps)
-        if step.kernel in ("conv_direct", "conv_depthwise")
-    }
-    roomy, _ = arranged(*steps_of(checkpoint, storage, rooms))
+    network = network_of(checkpoint)
+    stored = chosen(choices_of(network), storage)
+    plan, in_use = arranged(network.graph, steps_of(network, stored))
+    weights = {n.node.name: n.weight for n in network.nodes}
+    for at, step in enumerate(plan.steps):
+        if step.kernel in ROOMY:
+            room = step.scratch_bytes + plan.arena_bytes - in_use[at]
+            again = ROOMY[step.kernel](network.geometries[step.node], weights[step.node], room)
+            stored[step.node] = again
+    roomy, _ = arranged(network.graph, steps_of(network, stored))
     return roomy if roomy.arena_bytes <= plan.arena_bytes else plan
