@@ -187,15 +187,15 @@ def test_break_even_is_where_the_sparse_line_falls_below_for_good():
 
 
 def test_break_even_picture_draws_every_line_of_the_json(workdir, capsys):
-    shutil.copytree(REFERENCE, workdir / "results/reference")
+    shutil.copytree(REFERENCE, workdir / "results/mine")
     rows = json.loads((REFERENCE / "break_even.json").read_text())
     figure = draw_break_even(rows)
     for panel, (_, unit, lines) in zip(figure.axes, BREAK_EVEN_PANELS, strict=True):
         drawn = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
         for key, name, *_ in lines:
             assert list(drawn[name]) == [row[key] / unit for row in rows]
-    run_main("plot_pareto", "--run", "reference", "--break-even")
+    run_main("plot_pareto", "--run", "mine", "--break-even")
     del rows[0]["m4_dense_instructions"]
-    (workdir / "results/reference/break_even.json").write_text(json.dumps(rows))
-    error = fails(capsys, workdir, "plot_pareto", "--run", "reference", "--break-even")
+    (workdir / "results/mine/break_even.json").write_text(json.dumps(rows))
+    error = fails(capsys, workdir, "plot_pareto", "--run", "mine", "--break-even")
     assert "m4_dense_instructions" in error
