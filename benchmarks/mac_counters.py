@@ -39,7 +39,9 @@ from torchvision import models
 
 from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, run_name
-from edgecnn.files import require_writable, results_dir, user_errors_exit_2, write_json
+from edgecnn.errors import user_errors_exit_2
+from edgecnn.files import require_writable, write_json
+from edgecnn.names import results_dir
 from edgecnn.train import environment
 from mac_hooks import aligned, count_macs
 
