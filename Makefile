@@ -4,6 +4,13 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/.installed$(if $(CPU),-cpu)
 IN = $(if $(RUN),--run $(RUN))
+define newline
+
+
+endef
+DEVICES = $(PY) export_edge.py $(IN) --images 10000$(newline)$(PY) simulate_hardware.py $(IN)$(newline)\
+	$(PY) simulate_hardware.py $(IN) --break-even$(newline)
+SHOW = $(PY) evaluate.py $(IN)$(newline)$(PY) evaluate.py $(IN) --docs$(newline)$(PY) plot_pareto.py $(IN)$(newline)
 SWEEP := --sparsity 0.5 0.7 0.8 0.9 0.95 --criterion energy
 .PHONY: all help sweep hardware headline reference criteria smoke test lint benchmark
 all: $(INSTALLED) ## train, prune, quantize, table and picture of one seed (15 minutes)
@@ -34,23 +41,16 @@ headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and ha
 	$(PY) prune_finetune.py $(IN) --headline --sparsity 0
 	$(PY) prune_finetune.py $(IN) --headline --sparsity 0.8 0.9 0.93 0.95 --criterion energy --epochs 22
 	$(PY) quantize.py $(IN)
-	$(PY) export_edge.py $(IN) --images 10000
-	$(PY) simulate_hardware.py $(IN)
-	$(PY) evaluate.py $(IN)
-	$(if $(filter $@,$(RUN)),$(PY) evaluate.py $(IN) --docs)
-	$(PY) plot_pareto.py $(IN)
+	$(DEVICES)
+	$(SHOW)
 reference: $(INSTALLED) ## three seeds with controls, one sweep, and hardware (hours)
 	$(foreach seed,0 1 2,$(PY) train_baseline.py $(IN) --seed $(seed)$(newline))
 	$(foreach seed,0 1 2,$(foreach how,--sparsity=0.5 --sparsity=0 --criterion=l1, \
 		$(PY) prune_finetune.py $(IN) --seed $(seed) $(how)$(newline)))
 	$(PY) prune_finetune.py $(IN) $(SWEEP)
 	$(PY) quantize.py $(IN)
-	$(PY) export_edge.py $(IN) --images 10000
-	$(PY) simulate_hardware.py $(IN)
-	$(PY) simulate_hardware.py $(IN) --break-even
-	$(PY) evaluate.py $(IN)
-	$(if $(filter $@,$(RUN)),$(PY) evaluate.py $(IN) --docs)
-	$(PY) plot_pareto.py $(IN)
+	$(DEVICES)
+	$(SHOW)
 	$(PY) plot_pareto.py $(IN) --break-even
 	$(PY) plot_pareto.py $(IN) --layers pruned_90_energy_int8
 	$(PY) plot_pareto.py $(IN) --budget flash_kib=256 ram_kib=32 accuracy=85
@@ -69,11 +69,8 @@ test: $(INSTALLED) ## every test
 lint: $(INSTALLED) ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 benchmark: $(INSTALLED) ## training throughput, on a quiet machine
-	$(PY) benchmarks/training_speed.py
-define newline
-
-
-endef
+	$(PY) benchmarks/training_speed.py $(IN)
+	$(PY) benchmarks/mac_counters.py $(IN)
 $(INSTALLED): requirements.txt firmware/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(if $(CPU),$(PIP) $$(sed -n 's/^\(torch[a-z]*==[0-9.]*\).*/\1+cpu/p' requirements.txt))

@@ -391,7 +391,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
                 yield layer, key, parameter if mask is None else parameter * mask
         for key in getattr(module, "parametrizations", ()):  # torch.nn.utils.parametrize
             yield layer, key, getattr(module, key)
-        for tensor in _unpacked(list(vars(module).values())):  # torch.ao.nn.quantized
+        packed = [v for v in vars(module).values() if isinstance(v, torch.ScriptObject)]
+        for tensor in _unpacked(packed):  # torch.ao.nn.quantized
             yield layer, "weight" if tensor.ndim > 1 else "bias", tensor
 
 
@@ -426,7 +427,7 @@ class _MacMode(TorchDispatchMode):
             self.rows.setdefault(_layer(prefix), LayerCount(_layer(prefix), type(module).__name__))
             own = dict(vars(module))  # a cache that an earlier forward filled is stored, too
             for name, value in (own.pop("_parameters") | own.pop("_buffers") | own).items():
-                for tensor in _tensors(value):
+                for tensor in _tensors(value) if isinstance(value, _MAY_HOLD_TENSORS) else ():
                     full = f"{prefix}.{name}".lstrip(".")
                     self.stored[full] = tensor
                     self.known[_storage(tensor)] = self.names(tensor) | {full}
@@ -592,6 +593,7 @@ class _MacMode(TorchDispatchMode):
             self.uncounted["the output depends on the input through no operation seen"] = None
 
 
+_MAY_HOLD_TENSORS = (Tensor, dict, list, tuple, set, deque)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)  # those whose scale may have several dimensions
 
 
@@ -637,17 +639,21 @@ def restored(model: nn.Module) -> Iterator[None]:
             (value.update if isinstance(value, (dict, set)) else value.extend)(before)
 
 
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set))
+
+
 def _keep(value, kept: dict[int, tuple], copies: dict[int, Tensor]) -> None:
     """Note what nested dicts, lists and sets hold, and put copies of their tensors in their place."""
-    if type(value) not in (dict, OrderedDict, defaultdict, list, deque, set) or id(value) in kept:
+    if id(value) in kept:
         return
     kept[id(value)] = value, value.copy() if value else ()
+    if isinstance(value, set):
+        return  # its elements have no place that a copy could take
     for key, element in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        if isinstance(element, Tensor) and not isinstance(value, set):
-            if not isinstance(element, nn.Parameter):
-                value[key] = copies.setdefault(id(element), element.detach().clone())
-        else:
+        if type(element) in _CONTAINERS:
             _keep(element, kept, copies)
+        elif isinstance(element, Tensor) and not isinstance(element, nn.Parameter):
+            value[key] = copies.setdefault(id(element), element.detach().clone())
 
 
 # ---------------------------------------------------------------- command line

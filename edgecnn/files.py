@@ -75,25 +75,28 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
     They are replaced in the order given. Raises UserError when one cannot be written.
     """
-    for path in contents:
+    for path in contents:  # found now, not after others were replaced
         if path.is_dir():
-            raise cannot_write(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+            raise cannot_write(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
     with contextlib.ExitStack() as stack:
         for path, content in reversed(contents.items()):  # the stack leaves the last one first
             stack.enter_context(atomic_path(path)).write_bytes(content)
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Hex SHA-256 of a file; raises UserError when it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def require_writable(*folders: Path) -> None:
     """Raise UserError now, not after the work, when a file could not be written to a folder."""
     for folder in folders:
         try:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            with tempfile.TemporaryFile(dir=existing):
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise cannot_write(folder, error) from error

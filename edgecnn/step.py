@@ -102,7 +102,7 @@ class Step:
         be written.
         """
         self.require_same_arguments()
-        self.digests = {path.name: sha256(path) for path in self.parents if path.exists()}
+        self.digests = {path.name: sha256(path) for path in self.parents if path.is_file()}
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
@@ -145,9 +145,9 @@ class Step:
         A committed run is kept whatever code made it, and without the files left out of git.
         """
         committed, record = self.run in COMMITTED_RUNS, self.read()
-        gone = [path for path in self.outputs if not path.exists()]
+        gone = [path for path in self.outputs if not path.is_file()]
         if record is None and not (committed and not gone):
-            return ("" if len(gone) == len(self.outputs) else f"no {self.record}"), ""
+            return "", ""
         known = [(record or {}).get(key) for key in ("code", "parents", "outputs")]
         if all(isinstance(value, dict) for value in known):
             code, parents, outputs = known
@@ -155,9 +155,9 @@ class Step:
             other = [
                 name for name in {**code, **self.code} if code.get(name) != self.code.get(name)
             ]
-            spoiled = [p for p in self.outputs if p.exists() and outputs.get(p.name) != sha256(p)]
+            spoiled = [p for p in self.outputs if p.is_file() and outputs.get(p.name) != sha256(p)]
         else:  # of old files that name some digests, but no code
-            old = [p for p in (self.record, *self.outputs) if p.suffix == ".json" and p.exists()]
+            old = [p for p in (self.record, *self.outputs) if p.suffix == ".json" and p.is_file()]
             text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in old)
             digests = set(DIGEST.findall(text))
             changed = [

@@ -81,7 +81,7 @@ def test_stdout_without_unicode(folder):
 
 
 def test_interrupt_ends_in_one_line(workdir):
-    script = "import time\nfrom edgecnn.files import user_errors_exit_2\n"
+    script = "import time\nfrom edgecnn.errors import user_errors_exit_2\n"
     script += "user_errors_exit_2(lambda: (print('ready', flush=True), time.sleep(60)))()"
     command = [sys.executable, "-c", script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -189,7 +189,7 @@ def test_json_that_cannot_be_right(tmp_path, content, problem):
         ("metrics.json", {"precision": [1]}, ()),
         ("metrics.json", {"variant": "a\ud800b"}, ()),
         ("metrics.json", {"seed": True}, ()),
-        ("metrics.json", {"m4_flash_bytes": "many"}, ("--budget", "flash_kb=1")),
+        ("metrics.json", {"m4_flash_bytes": "many"}, ("--budget", "flash_kib=1")),
     ],
 )
 def test_wrong_values_in_json(folder, capsys, name, change, command):

@@ -16,7 +16,14 @@ from edgecnn import ethos_u, tflite
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample, normalize
 from edgecnn.errors import UserError
-from edgecnn.int8 import int8_model, integer_logits, quantize_images, signed_zero_point, with_zeros
+from edgecnn.int8 import (
+    int8_graph,
+    int8_model,
+    integer_logits,
+    quantize_images,
+    signed_zero_point,
+    with_zeros,
+)
 from edgecnn.tflite import (
     MAX_BIAS,
     channels_last,
@@ -66,11 +73,9 @@ def random_checkpoint(seed: int, weights=None, output_scale=None, channels=(3, 4
 
 
 def torch_logits(checkpoint, images):
-    """The same arithmetic as quantize.int8_graph on layers of any width, by torch's own kernels."""
+    """The same arithmetic as int8_graph on layers of any width, by torch's own kernels."""
     torch.backends.quantized.engine = "qnnpack"
-    model = importlib.import_module("quantize").int8_graph(
-        checkpoint["tensors"], checkpoint["quantization"]
-    )
+    model = int8_graph(checkpoint["tensors"], checkpoint["quantization"])
     return integer_logits(model, images)
 
 

@@ -152,7 +152,7 @@ def json_uses(folder) -> dict:
         blocks(with_hardware(metrics, rows), [], everything=True)
 
     return {
-        "metrics.json": lambda: run_main("evaluate", "--budget", "flash_kb=300", "accuracy=80"),
+        "metrics.json": lambda: run_main("evaluate", "--budget", "flash_kib=300", "accuracy=80"),
         "hardware.json": hardware,
         "layers.json": lambda: layers_of(folder / "layers.json", "pruned_50_int8"),
         "break_even.json": lambda: read_break_even(folder),
