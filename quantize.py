@@ -91,7 +91,7 @@ def quantize_checkpoint(step: Step, parent_path: Path, args) -> None:
     lineage = {key: ancestry[key] for key in ("method", "criterion", "seed")}
     lineage |= parent_fields(parent_path)
     origin = provenance(step.record.stem, args, **lineage, holdout=holdout)
-    result = {"calibration": calibration, **quantization}
+    result = {"calibration": calibration, "quantization": quantization}
     save_variant(step, origin, "int8", (graph, tensors), dataset, result, quantization)
     percent = calibration["agreement_with_parent_percent"]
     print(f"{step.record.stem}: {percent:.2f} % of the calibration images as {parent_path.stem}")

@@ -10,12 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails, run_main
-
-import export_edge
-from edgecnn import ethos_u, tflite
-from edgecnn.checkpoint import load_checkpoint
-from edgecnn.data import load_sample, normalize
-from edgecnn.errors import UserError
 from edgecnn.int8 import (
     int8_graph,
     int8_model,
@@ -33,6 +27,12 @@ from edgecnn.tflite import (
     tflite_micro,
     write_tflite,
 )
+
+import export_edge
+from edgecnn import ethos_u, tflite
+from edgecnn.checkpoint import load_checkpoint
+from edgecnn.data import load_sample, normalize
+from edgecnn.errors import UserError
 
 FOLDER = "checkpoints/smoke"
 ARGUMENTS = ("--smoke", "--images", 50, "--checkpoint", f"{FOLDER}/baseline_int8.pt")

@@ -9,14 +9,14 @@ import random
 import pytest
 import torch
 from conftest import REPOSITORY, run_main
-
 from edgecnn.c_source import stored_layers
+from edgecnn.int8 import int8_model
+
 from edgecnn.checkpoint import fp32_model, load_checkpoint
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.figures import layers_of
 from edgecnn.files import read_table
 from edgecnn.hardware import read_break_even, with_hardware
-from edgecnn.int8 import int8_model
 from edgecnn.tables import blocks
 
 REFERENCE = REPOSITORY / "checkpoints/reference"
