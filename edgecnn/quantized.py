@@ -13,10 +13,10 @@ from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
-from torch.nn import functional as F
 
 from edgecnn.files import UserError
 from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
+from edgecnn.module import module_of, place
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
@@ -42,33 +42,6 @@ def relu6_high(scale: float, zero_point: int) -> int:
 # ---- calibrating -------------------------------------------------------------------------------
 
 
-def float_value(node: Node, inputs: list[torch.Tensor], tensors: dict) -> torch.Tensor:
-    """A node of a deployed graph in floating point, on a batch."""
-    o, (x, *_) = node.options, inputs
-    match node.op:
-        case "conv":
-            weight, bias = tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"]
-            x = F.conv2d(x, weight, bias, o["stride"], o["padding"], 1, o["groups"])
-        case "linear":
-            x = F.linear(x, tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"])
-        case "add":
-            x = inputs[0] + inputs[1]
-        case "max_pool":
-            x = F.max_pool2d(x, o["kernel"], o["stride"], o["padding"])
-        case "avg_pool":
-            x = F.avg_pool2d(x, o["kernel"], o["stride"])
-        case "global_avg_pool":
-            x = F.adaptive_avg_pool2d(x, 1)
-        case "flatten":
-            x = x.flatten(1)
-        case "relu" | "relu6":
-            pass
-        case _:
-            raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
-    activation = node.op if node.op in ("relu", "relu6") else o.get("activation", "none")
-    return {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](x)
-
-
 def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool) -> dict:
     """{name: {scale, zero_point}} of the image and of all that is requantized, by histograms.
 
@@ -77,16 +50,9 @@ def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool
     names = [INPUT, *(node.name for node in graph.nodes if node.op in ACTIVATED)]
     highest = HIGHEST // 2 if reduce_range else HIGHEST
     observers = {name: tq.HistogramObserver(quant_min=0, quant_max=highest) for name in names}
-    last_use = {name: node.name for node in graph.nodes for name in node.inputs}
+    network = module_of(graph, tensors).eval()
     for batch in batches:
-        values = {INPUT: observers[INPUT](batch)}
-        for node in graph.nodes:
-            values[node.name] = float_value(node, [values[n] for n in node.inputs], tensors)
-            if node.name in observers:
-                observers[node.name](values[node.name])
-            for name in set(node.inputs):
-                if last_use[name] == node.name:
-                    del values[name]
+        network(observers[INPUT](batch), observers)
     found = {}
     for name, observer in observers.items():
         scale, zero_point = observer.calculate_qparams()
@@ -193,8 +159,8 @@ def weighted_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
     relu = o.get("activation", "none") != "none"
     if node.op == "conv":
         kind = nniq.ConvReLU2d if relu else nnq.Conv2d
-        window = {key: tuple(o[key]) for key in ("stride", "padding")}
-        inputs, kernel = values.shape[1] * o["groups"], tuple(o["kernel"])
+        window = {key: o[key] for key in ("stride", "padding")}
+        inputs, kernel = values.shape[1] * o["groups"], o["kernel"]
         module = kind(inputs, o["outputs"], kernel, groups=o["groups"], **window)
     else:
         module = (nniq.LinearReLU if relu else nnq.Linear)(values.shape[1], o["outputs"])
@@ -216,9 +182,9 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
             relu = o.get("activation", "none") != "none"
             return Add(own["scale"], own["zero_point"], relu)
         case "max_pool":
-            return nn.MaxPool2d(tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+            return nn.MaxPool2d(o["kernel"], o["stride"], o["padding"])
         case "avg_pool":
-            return nn.AvgPool2d(tuple(o["kernel"]), tuple(o["stride"]))
+            return nn.AvgPool2d(o["kernel"], o["stride"])
         case "global_avg_pool":
             return nn.AdaptiveAvgPool2d(1)
         case "relu":
@@ -228,15 +194,6 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
         case "flatten":
             return nn.Flatten()
     raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
-
-
-def place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Make `module` the submodule of a dotted name, whatever names nn.Module itself uses."""
-    *parents, last = name.split(".")
-    for parent in parents:
-        root = root._modules.setdefault(parent, nn.Module())
-    module._modules |= root._modules[last]._modules if last in root._modules else {}
-    root._modules[last] = module
 
 
 def ran(node: Node, module: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -256,23 +213,22 @@ class Int8Network(nn.Module):
 
     def __init__(self, graph: Graph, tensors: dict, quantization: dict):
         super().__init__()
-        image = quantization["activations"][INPUT]
-        self.image_scale, self.image_zero_point = image["scale"], image["zero_point"]
+        self._image = quantization["activations"][INPUT]
         modules = [node_module(node, tensors, quantization) for node in graph.nodes]
-        self.steps = list(zip(graph.nodes, modules, strict=True))
-        for node, module in self.steps:
+        self._steps = list(zip(graph.nodes, modules, strict=True))
+        for node, module in self._steps:
             place(self, node.name, module)
 
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """The quint8 logits (N, classes)."""
-        image = self.image_scale, self.image_zero_point, torch.quint8
-        values = {INPUT: torch.quantize_per_tensor(x, *image)}
-        for node, module in self.steps:
-            values[node.name] = ran(node, module, [values[name] for name in node.inputs])
-        return values[self.steps[-1][0].name]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantized(x).dequantize()
+        return quantized_values(self, x)[self._steps[-1][0].name].dequantize()
+
+
+def quantized_values(network: Int8Network, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: quint8} of every node for normalized float images, `input` included."""
+    values = {INPUT: torch.quantize_per_tensor(x, **network._image, dtype=torch.quint8)}
+    for node, module in network._steps:
+        values[node.name] = ran(node, module, [values[name] for name in node.inputs])
+    return values
 
 
 @torch.no_grad()
@@ -311,7 +267,10 @@ def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def integer_logits(model: Int8Network, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
     """int8 (N, classes) logits for normalized float images (N, C, H, W)."""
-    return torch.cat([signed(model.quantized(part).flatten(1)) for part in images.split(batch)])
+    logits = model._steps[-1][0].name
+    return torch.cat(
+        [signed(quantized_values(model, part)[logits]) for part in images.split(batch)]
+    )
 
 
 def with_zeros(checkpoint: dict, share: float) -> dict:
