@@ -6,7 +6,7 @@ another calibrator has to give the same two values. A zero weight stays zero.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from edgecnn.module import module_of, place
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
+# QNNPACK adds inputs of 2^-14 to 2^8 of the output's scale (its own message); half of that is safe.
+MIN_ADD_RATIO, MAX_ADD_RATIO = 2.0**-13, 2.0**7
 
 # Quantized tensors work in the pinned torch, which says that they will go.
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
@@ -76,14 +78,23 @@ def quantized_weight(values: torch.Tensor, per_channel: bool) -> tuple[torch.Ten
     return integers.int_repr(), scales.reshape(-1).tolist()
 
 
-def least_scale(integers, scales: list[float], bias, input_scale: float) -> float:
-    """The output scale below which a conv or linear could overflow the kernels' arithmetic.
+def floors(graph: Graph, tensors: dict, weights: dict, activations: dict) -> Iterator:
+    """(an entry of activations, the least scale that the kernels' arithmetic allows it).
 
-    It matters for outputs that are all but zero on every calibration image; a wider one is as exact.
+    It matters for what is all but zero on every calibration image, such as a branch that pruning
+    emptied; there a wider scale is as exact.
     """
-    sums = HIGHEST * integers.flatten(1).double().abs().sum(1)  # (O,)
-    largest = sums * input_scale * torch.tensor(scales, dtype=torch.float64) + bias.double().abs()
-    return largest.max().item() / (ROUNDING_LIMIT / 2)
+    for node in graph.nodes:
+        own, inputs = activations[node.name], [activations[name] for name in node.inputs]
+        if node.op in WEIGHTED:
+            weight, bias = (tensors[f"{node.name}.{key}"].double() for key in ("weight", "bias"))
+            scales = inputs[0]["scale"] * torch.tensor(weights[node.name], dtype=torch.float64)
+            largest = HIGHEST * weight.abs().flatten(1).sum(1) * scales + bias.abs()  # (O,)
+            yield own, largest.max().item() / (ROUNDING_LIMIT / 2)
+        elif node.op == "add":
+            for entry in inputs:
+                yield own, entry["scale"] / MAX_ADD_RATIO
+                yield entry, own["scale"] * MIN_ADD_RATIO
 
 
 @torch.no_grad()
@@ -95,25 +106,21 @@ def quantize(graph: Graph, tensors: dict, batches: Iterable, engine: str) -> tup
     spare it the eighth bit. Raises UserError when this torch lacks the engine.
     """
     set_engine(engine)
-    activations = calibrate(graph, tensors, batches, engine in ("fbgemm", "x86"))
-    stored, weights = {}, {}
-    for node in graph.nodes:
-        if node.op not in ACTIVATED:  # in running order, so that its input's are known
-            activations[node.name] = activations[node.inputs[0]]
-            continue
-        own = activations[node.name]
+    observed = calibrate(graph, tensors, batches, engine in ("fbgemm", "x86"))
+    stored, weights, activations = {}, {}, {INPUT: observed[INPUT]}
+    for node in graph.nodes:  # what is not requantized shares the entry of its input
+        activations[node.name] = observed.get(node.name) or activations[node.inputs[0]]
         if node.op in WEIGHTED:
             weight, bias = (tensors[f"{node.name}.{key}"].detach() for key in ("weight", "bias"))
             integers, weights[node.name] = quantized_weight(weight, node.op == "conv")
             stored |= {f"{node.name}.weight": integers, f"{node.name}.bias": bias}
-            input_scale = activations[node.inputs[0]]["scale"]
-            least = least_scale(integers, weights[node.name], bias, input_scale)
-        else:
-            least = sum(activations[name]["scale"] for name in node.inputs) * HIGHEST
-            least /= ROUNDING_LIMIT / 2
-        own["scale"] = max(own["scale"], least)
-    order = [INPUT, *(node.name for node in graph.nodes)]
-    activations = {name: dict(activations[name]) for name in order}
+    is_widened = True
+    while is_widened:
+        is_widened = False
+        for entry, least in floors(graph, stored, weights, activations):
+            is_widened |= entry["scale"] < least
+            entry["scale"] = max(entry["scale"], least)
+    activations = {name: dict(entry) for name, entry in activations.items()}
     return stored, {"engine": engine, "activations": activations, "weights": weights}
 
 
@@ -142,6 +149,17 @@ class ReLU6(nn.Module):
 
     def forward(self, x):
         return relu6(x)
+
+
+class Subsample(nn.Module):
+    """Pooling of one value, which QNNPACK refuses: every `stride`th of rows and columns."""
+
+    def __init__(self, stride: tuple[int, int]):
+        super().__init__()
+        self.rows, self.columns = stride
+
+    def forward(self, x):
+        return x[:, :, :: self.rows, :: self.columns].contiguous()
 
 
 def packed_weight(values: torch.Tensor, scales: list[float]) -> torch.Tensor:
@@ -181,6 +199,8 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
             own = quantization["activations"][node.name]
             relu = o.get("activation", "none") != "none"
             return Add(own["scale"], own["zero_point"], relu)
+        case "max_pool" | "avg_pool" if o["kernel"] == (1, 1):
+            return Subsample(o["stride"])
         case "max_pool":
             return nn.MaxPool2d(o["kernel"], o["stride"], o["padding"])
         case "avg_pool":

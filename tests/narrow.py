@@ -108,6 +108,7 @@ GRAPHS = {
     "max_pool": graph_of((3, 7, 6), conv(3, 1), max_pool(2, 2)),
     "max_pool padded": graph_of((3, 8, 6), conv(3, 1), max_pool(3, 2, 1)),
     "max_pool padded relu": graph_of((3, 8, 7), conv(3, 1, activation="relu"), max_pool(3, 2, 1)),
+    "max_pool 1x1": graph_of((3, 5, 4), max_pool(1, 2)),
     "avg_pool": graph_of((3, 8, 7), avg_pool((3, 4), 2)),
     "global_avg_pool": graph_of((3, 5, 7), conv(4, 1), ("global_avg_pool", {})),
     "relu alone": graph_of((3, 4, 4), conv(4, 1), ("relu", {})),

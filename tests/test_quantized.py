@@ -157,6 +157,28 @@ def test_a_layer_that_calibration_never_saw_alive_stays_within_the_arithmetic():
     assert (exact == exact[0]).all()
 
 
+@pytest.mark.parametrize(("spoiled", "factor"), [("n0", 0), ("n2", 0), ("n2", 1e-6), ("n0 n2", 0)])
+def test_residual_branches_that_pruning_emptied(spoiled, factor):
+    """QNNPACK adds no input of less than 2^-14 of the output's scale."""
+    graph = graph_of(
+        (3, 5, 4),
+        conv(4, 1, activation="relu"),
+        max_pool(3, 1, 1),
+        conv(4, 3, 1, 1),
+        ("add", {"activation": "relu"}, ("n1", "n2")),
+        ("flatten", {}),
+        linear(3),
+    )
+    tensors = random_tensors(graph)
+    for name in spoiled.split():
+        tensors[f"{name}.weight"] *= factor
+        tensors[f"{name}.bias"] *= factor
+    checkpoint = quantized(graph, tensors)
+    images = random_images(graph)
+    exact = exact_logits(checkpoint, quantize_images(checkpoint, images)).int()
+    assert (integer_logits(int8_module(checkpoint), images).int() - exact).abs().max() <= 1
+
+
 def test_signed_integers_stand_for_the_same_values():
     quint8 = torch.quantize_per_tensor(torch.tensor([-9.0, 0, 9]), 0.05, 100, torch.quint8)
     assert signed(quint8).tolist() == [-128, 100 - 128, 127]
