@@ -193,10 +193,11 @@ def live_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def arguments(node: fx.Node) -> dict:
-    """The arguments of a traced call by name, defaults included."""
+    """The arguments of a traced call by name, defaults included; the first is called `input`."""
     schema = node.target._schema.arguments
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return defaults | dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    given = defaults | dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return given | {"input": given[schema[0].name]}  # which torch calls `self` here and there
 
 
 # ---- building the graph --------------------------------------------------------------------------
@@ -242,15 +243,19 @@ class Builder:
         name = operation(node)
         try:
             require(name in CAPTURED, f"it runs {name}, which is not supported")
-            value = CAPTURED[name](self, node, arguments(node))
+            given = arguments(node)
+            value = CAPTURED[name](self, node, given)
             traced_shape = tuple(node.meta["val"].shape)
-            require(traced_shape == (BATCH, *value.shape), f"{name} gives {traced_shape[1:]}")
+            require(
+                traced_shape == (BATCH, *value.shape),
+                f"{name} gives {traced_shape[1:]}, not {value.shape} (ceil_mode is not supported)",
+            )
         except GraphError as error:
             where = describe_module(self.module, self.path)
             place = "" if "=" in where else line_of(node)
             raise UserError(f"{where}{place}: {error}; {SUPPORTED}") from None
         if is_in_place(node):  # all views of what it overwrites see the result
-            memory = self.values[node.args[0]].memory
+            memory = self.value(given["input"]).memory
             memory.node = value.memory.node
             value = value._replace(memory=memory)
         self.values[node] = value
@@ -338,7 +343,7 @@ def pair(value) -> tuple[int, int]:
 
 def conv_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     require(pair(a["dilation"]) == (1, 1), f"dilation {pair(a['dilation'])} is not supported")
-    kernel = tuple(node.args[1].meta["val"].shape[2:])
+    kernel = tuple(a["weight"].meta["val"].shape[2:])
     if isinstance(a["padding"], str):  # "same", "valid"
         same = a["padding"] == "same"
         require(
@@ -379,13 +384,13 @@ def batch_norm_captured(b: Builder, node: fx.Node, a: dict) -> Value:
 
 
 def relu_captured(b: Builder, node: fx.Node, a: dict) -> Value:
-    return b.make("relu", [b.read(a["self"])], {})
+    return b.make("relu", [b.read(a["input"])], {})
 
 
 def relu6_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     limits = a.get("min_val", 0), a.get("max_val", 6)  # of hardtanh
     require(limits == (0, 6), f"hardtanh between {limits[0]} and {limits[1]} is not supported")
-    return b.make("relu6", [b.read(a["self"])], {})
+    return b.make("relu6", [b.read(a["input"])], {})
 
 
 def window(a: dict) -> dict:
@@ -396,17 +401,17 @@ def window(a: dict) -> dict:
 def max_pool_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     require(pair(a["dilation"]) == (1, 1), f"dilation {pair(a['dilation'])} is not supported")
     options = window(a) | {"padding": pair(a["padding"])}
-    return b.make("max_pool", [b.read(a["self"])], options)
+    return b.make("max_pool", [b.read(a["input"])], options)
 
 
 def avg_pool_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     require(pair(a["padding"]) == (0, 0), "average pooling with padding is not supported")
     require(a["divisor_override"] is None, "divisor_override is not supported")
-    return b.make("avg_pool", [b.read(a["self"])], window(a))
+    return b.make("avg_pool", [b.read(a["input"])], window(a))
 
 
 def adaptive_avg_pool_captured(b: Builder, node: fx.Node, a: dict) -> Value:
-    source, size = b.read(a["self"]), pair(a["output_size"])
+    source, size = b.read(a["input"]), pair(a["output_size"])
     require(len(b.shapes[source]) == 3, "takes a map (C, H, W)")
     sides = b.shapes[source][1:]
     if size == (1, 1):
@@ -419,7 +424,7 @@ def adaptive_avg_pool_captured(b: Builder, node: fx.Node, a: dict) -> Value:
 
 def mean_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     """The mean over rows and columns, also where the user's code has joined the two."""
-    value = b.value(a["self"])
+    value = b.value(a["input"])
     source, axes = value.memory.node, len(value.shape) + 1
     held, dims = b.shapes[source], sorted(d % axes for d in a["dim"] or range(axes))
     whole = len(held) == 3 and value.shape[0] == held[0] and len(value.shape) > 1
@@ -430,12 +435,12 @@ def mean_captured(b: Builder, node: fx.Node, a: dict) -> Value:
 
 def add_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     require(a["alpha"] == 1, "an addition with alpha is not supported")
-    return b.make("add", [b.read(a["self"]), b.read(a["other"])], {})
+    return b.make("add", [b.read(a["input"]), b.read(a["other"])], {})
 
 
 def view_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     """Another shape of the same numbers in the same order: told from a flatten where it is read."""
-    value, (batch, *shape) = b.value(node.args[0]), node.meta["val"].shape
+    value, (batch, *shape) = b.value(a["input"]), node.meta["val"].shape
     whole = batch == BATCH and math.prod(shape) == math.prod(value.shape)
     require(whole, f"it gives {(batch, *shape)} of {BATCH} images: each must keep its own numbers")
     return Value(value.memory, tuple(shape), b.path)
@@ -443,11 +448,11 @@ def view_captured(b: Builder, node: fx.Node, a: dict) -> Value:
 
 def same_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     require(node.meta["val"].dtype == torch.float32, f"{node.meta['val'].dtype} is not supported")
-    return b.value(node.args[0])
+    return b.value(a["input"])
 
 
 def clone_captured(b: Builder, node: fx.Node, a: dict) -> Value:
-    value = b.value(node.args[0])
+    value = b.value(a["input"])
     return value._replace(memory=Memory(value.memory.node))
 
 
@@ -457,7 +462,7 @@ def dropout_captured(b: Builder, node: fx.Node, a: dict) -> Value:
 
 
 def softmax_captured(b: Builder, node: fx.Node, a: dict) -> Value:
-    value = b.value(a["self"])
+    value = b.value(a["input"])
     last = all(user.op == "output" for user in node.users)
     require(last and len(value.shape) == 1, "only a softmax that ends the network is supported")
     require(a["dim"] in (1, -1), f"a softmax over dimension {a['dim']}, not over the classes")

@@ -68,11 +68,14 @@ class Network(nn.Module):
         for node in graph.nodes:
             place(self, node.name, MODULES[node.op](shapes[node.inputs[0]], node.options))
 
-    def forward(self, x):
-        values = {INPUT: x}
+    def forward(self, x, observers=None):
+        """The logits; observers: {node: a function that is called with what the node gives}."""
+        values, observers = {INPUT: x}, observers or {}
         for node in self._graph.nodes:
             y = self.get_submodule(node.name)(*(values[name] for name in node.inputs))
             values[node.name] = ACTIVATION[node.options.get("activation", "none")](y)
+            if node.name in observers:
+                observers[node.name](values[node.name])
             for name in self._spent[node.name]:
                 del values[name]
         return values[self._graph.output]

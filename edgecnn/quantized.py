@@ -6,21 +6,23 @@ another calibrator has to give the same two values. A zero weight stays zero.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
-from torch.nn import functional as F
 
 from edgecnn.errors import UserError
 from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
+from edgecnn.module import module_of, place
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
+# QNNPACK adds inputs of 2^-14 to 2^8 of the output's scale (its own message); half of that is safe.
+MIN_ADD_RATIO, MAX_ADD_RATIO = 2.0**-13, 2.0**7
 
 # Quantized tensors work in the pinned torch, which says that they will go.
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
@@ -42,33 +44,6 @@ def relu6_high(scale: float, zero_point: int) -> int:
 # ---- calibrating -------------------------------------------------------------------------------
 
 
-def float_value(node: Node, inputs: list[torch.Tensor], tensors: dict) -> torch.Tensor:
-    """A node of a deployed graph in floating point, on a batch."""
-    o, (x, *_) = node.options, inputs
-    match node.op:
-        case "conv":
-            weight, bias = tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"]
-            x = F.conv2d(x, weight, bias, o["stride"], o["padding"], 1, o["groups"])
-        case "linear":
-            x = F.linear(x, tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"])
-        case "add":
-            x = inputs[0] + inputs[1]
-        case "max_pool":
-            x = F.max_pool2d(x, o["kernel"], o["stride"], o["padding"])
-        case "avg_pool":
-            x = F.avg_pool2d(x, o["kernel"], o["stride"])
-        case "global_avg_pool":
-            x = F.adaptive_avg_pool2d(x, 1)
-        case "flatten":
-            x = x.flatten(1)
-        case "relu" | "relu6":
-            pass
-        case _:
-            raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
-    activation = node.op if node.op in ("relu", "relu6") else o.get("activation", "none")
-    return {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](x)
-
-
 def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool) -> dict:
     """{name: {scale, zero_point}} of the image and of all that is requantized, by histograms.
 
@@ -77,16 +52,9 @@ def calibrate(graph: Graph, tensors: dict, batches: Iterable, reduce_range: bool
     names = [INPUT, *(node.name for node in graph.nodes if node.op in ACTIVATED)]
     highest = HIGHEST // 2 if reduce_range else HIGHEST
     observers = {name: tq.HistogramObserver(quant_min=0, quant_max=highest) for name in names}
-    last_use = {name: node.name for node in graph.nodes for name in node.inputs}
+    network = module_of(graph, tensors).eval()
     for batch in batches:
-        values = {INPUT: observers[INPUT](batch)}
-        for node in graph.nodes:
-            values[node.name] = float_value(node, [values[n] for n in node.inputs], tensors)
-            if node.name in observers:
-                observers[node.name](values[node.name])
-            for name in set(node.inputs):
-                if last_use[name] == node.name:
-                    del values[name]
+        network(observers[INPUT](batch), observers)
     found = {}
     for name, observer in observers.items():
         scale, zero_point = observer.calculate_qparams()
@@ -110,14 +78,23 @@ def quantized_weight(values: torch.Tensor, per_channel: bool) -> tuple[torch.Ten
     return integers.int_repr(), scales.reshape(-1).tolist()
 
 
-def least_scale(integers, scales: list[float], bias, input_scale: float) -> float:
-    """The output scale below which a conv or linear could overflow the kernels' arithmetic.
+def floors(graph: Graph, tensors: dict, weights: dict, activations: dict) -> Iterator:
+    """(an entry of activations, the least scale that the kernels' arithmetic allows it).
 
-    It matters for outputs that are all but zero on every calibration image; a wider one is as exact.
+    It matters for what is all but zero on every calibration image, such as a branch that pruning
+    emptied; there a wider scale is as exact.
     """
-    sums = HIGHEST * integers.flatten(1).double().abs().sum(1)  # (O,)
-    largest = sums * input_scale * torch.tensor(scales, dtype=torch.float64) + bias.double().abs()
-    return largest.max().item() / (ROUNDING_LIMIT / 2)
+    for node in graph.nodes:
+        own, inputs = activations[node.name], [activations[name] for name in node.inputs]
+        if node.op in WEIGHTED:
+            weight, bias = (tensors[f"{node.name}.{key}"].double() for key in ("weight", "bias"))
+            scales = inputs[0]["scale"] * torch.tensor(weights[node.name], dtype=torch.float64)
+            largest = HIGHEST * weight.abs().flatten(1).sum(1) * scales + bias.abs()  # (O,)
+            yield own, largest.max().item() / (ROUNDING_LIMIT / 2)
+        elif node.op == "add":
+            for entry in inputs:
+                yield own, entry["scale"] / MAX_ADD_RATIO
+                yield entry, own["scale"] * MIN_ADD_RATIO
 
 
 @torch.no_grad()
@@ -129,25 +106,21 @@ def quantize(graph: Graph, tensors: dict, batches: Iterable, engine: str) -> tup
     spare it the eighth bit. Raises UserError when this torch lacks the engine.
     """
     set_engine(engine)
-    activations = calibrate(graph, tensors, batches, engine in ("fbgemm", "x86"))
-    stored, weights = {}, {}
-    for node in graph.nodes:
-        if node.op not in ACTIVATED:  # in running order, so that its input's are known
-            activations[node.name] = activations[node.inputs[0]]
-            continue
-        own = activations[node.name]
+    observed = calibrate(graph, tensors, batches, engine in ("fbgemm", "x86"))
+    stored, weights, activations = {}, {}, {INPUT: observed[INPUT]}
+    for node in graph.nodes:  # what is not requantized shares the entry of its input
+        activations[node.name] = observed.get(node.name) or activations[node.inputs[0]]
         if node.op in WEIGHTED:
             weight, bias = (tensors[f"{node.name}.{key}"].detach() for key in ("weight", "bias"))
             integers, weights[node.name] = quantized_weight(weight, node.op == "conv")
             stored |= {f"{node.name}.weight": integers, f"{node.name}.bias": bias}
-            input_scale = activations[node.inputs[0]]["scale"]
-            least = least_scale(integers, weights[node.name], bias, input_scale)
-        else:
-            least = sum(activations[name]["scale"] for name in node.inputs) * HIGHEST
-            least /= ROUNDING_LIMIT / 2
-        own["scale"] = max(own["scale"], least)
-    order = [INPUT, *(node.name for node in graph.nodes)]
-    activations = {name: dict(activations[name]) for name in order}
+    is_widened = True
+    while is_widened:
+        is_widened = False
+        for entry, least in floors(graph, stored, weights, activations):
+            is_widened |= entry["scale"] < least
+            entry["scale"] = max(entry["scale"], least)
+    activations = {name: dict(entry) for name, entry in activations.items()}
     return stored, {"engine": engine, "activations": activations, "weights": weights}
 
 
@@ -178,6 +151,17 @@ class ReLU6(nn.Module):
         return relu6(x)
 
 
+class Subsample(nn.Module):
+    """Pooling of one value, which QNNPACK refuses: every `stride`th of rows and columns."""
+
+    def __init__(self, stride: tuple[int, int]):
+        super().__init__()
+        self.rows, self.columns = stride
+
+    def forward(self, x):
+        return x[:, :, :: self.rows, :: self.columns].contiguous()
+
+
 def packed_weight(values: torch.Tensor, scales: list[float]) -> torch.Tensor:
     """A qint8 tensor from its integers and its one scale, or one scale an output channel."""
     if len(scales) == 1:
@@ -193,8 +177,8 @@ def weighted_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
     relu = o.get("activation", "none") != "none"
     if node.op == "conv":
         kind = nniq.ConvReLU2d if relu else nnq.Conv2d
-        window = {key: tuple(o[key]) for key in ("stride", "padding")}
-        inputs, kernel = values.shape[1] * o["groups"], tuple(o["kernel"])
+        window = {key: o[key] for key in ("stride", "padding")}
+        inputs, kernel = values.shape[1] * o["groups"], o["kernel"]
         module = kind(inputs, o["outputs"], kernel, groups=o["groups"], **window)
     else:
         module = (nniq.LinearReLU if relu else nnq.Linear)(values.shape[1], o["outputs"])
@@ -215,10 +199,12 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
             own = quantization["activations"][node.name]
             relu = o.get("activation", "none") != "none"
             return Add(own["scale"], own["zero_point"], relu)
+        case "max_pool" | "avg_pool" if o["kernel"] == (1, 1):
+            return Subsample(o["stride"])
         case "max_pool":
-            return nn.MaxPool2d(tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+            return nn.MaxPool2d(o["kernel"], o["stride"], o["padding"])
         case "avg_pool":
-            return nn.AvgPool2d(tuple(o["kernel"]), tuple(o["stride"]))
+            return nn.AvgPool2d(o["kernel"], o["stride"])
         case "global_avg_pool":
             return nn.AdaptiveAvgPool2d(1)
         case "relu":
@@ -228,15 +214,6 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
         case "flatten":
             return nn.Flatten()
     raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
-
-
-def place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Make `module` the submodule of a dotted name, whatever names nn.Module itself uses."""
-    *parents, last = name.split(".")
-    for parent in parents:
-        root = root._modules.setdefault(parent, nn.Module())
-    module._modules |= root._modules[last]._modules if last in root._modules else {}
-    root._modules[last] = module
 
 
 def ran(node: Node, module: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -256,23 +233,22 @@ class Int8Network(nn.Module):
 
     def __init__(self, graph: Graph, tensors: dict, quantization: dict):
         super().__init__()
-        image = quantization["activations"][INPUT]
-        self.image_scale, self.image_zero_point = image["scale"], image["zero_point"]
+        self._image = quantization["activations"][INPUT]
         modules = [node_module(node, tensors, quantization) for node in graph.nodes]
-        self.steps = list(zip(graph.nodes, modules, strict=True))
-        for node, module in self.steps:
+        self._steps = list(zip(graph.nodes, modules, strict=True))
+        for node, module in self._steps:
             place(self, node.name, module)
 
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """The quint8 logits (N, classes)."""
-        image = self.image_scale, self.image_zero_point, torch.quint8
-        values = {INPUT: torch.quantize_per_tensor(x, *image)}
-        for node, module in self.steps:
-            values[node.name] = ran(node, module, [values[name] for name in node.inputs])
-        return values[self.steps[-1][0].name]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantized(x).dequantize()
+        return quantized_values(self, x)[self._steps[-1][0].name].dequantize()
+
+
+def quantized_values(network: Int8Network, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: quint8} of every node for normalized float images, `input` included."""
+    values = {INPUT: torch.quantize_per_tensor(x, **network._image, dtype=torch.quint8)}
+    for node, module in network._steps:
+        values[node.name] = ran(node, module, [values[name] for name in node.inputs])
+    return values
 
 
 @torch.no_grad()
@@ -311,7 +287,10 @@ def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def integer_logits(model: Int8Network, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
     """int8 (N, classes) logits for normalized float images (N, C, H, W)."""
-    return torch.cat([signed(model.quantized(part).flatten(1)) for part in images.split(batch)])
+    logits = model._steps[-1][0].name
+    return torch.cat(
+        [signed(quantized_values(model, part)[logits]) for part in images.split(batch)]
+    )
 
 
 def with_zeros(checkpoint: dict, share: float) -> dict:

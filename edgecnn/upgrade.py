@@ -1,14 +1,18 @@
 """Checkpoints of format version 1, which knew one network by its layers' names, in today's form.
 
-Version 1 held 3 x (conv 3x3, batch norm, ReLU, 2x2 max-pool) of 3-32-64-128 channels over CIFAR-10,
-and two linear layers; its convolutions become `block1.conv` to `block3.conv`.
+That network is today's `edgecnn` over CIFAR-10. Version 1's INT8 files named its convolutions
+`block1` to `block3`, and held its two linear layers as now.
 """
 
-from edgecnn.graph import INPUT, Graph, Node, to_plain
+import functools
 
-BLOCKS, LINEAR = ("block1", "block2", "block3"), ("fc1", "fc2")
-INPUT_SHAPE = (3, 32, 32)
-POOL = {"kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
+import torch
+
+from edgecnn.capture import capture
+from edgecnn.graph import INPUT, WEIGHTED, Graph, to_plain
+from edgecnn.networks import NETWORKS, EdgeCNN
+from edgecnn.rewrite import deployed_graph
+
 DATA = {
     "name": "cifar10",
     "classes": "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -17,76 +21,37 @@ DATA = {
 }
 
 
-def convolution(outputs: int, bias: int, **more) -> dict:
-    """The options of version 1's only kind of convolution."""
-    window = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1]}
-    return {"outputs": outputs, **window, "groups": 1, "bias": bias, **more}
+@functools.cache
+def float_graph() -> Graph:
+    """The trained network of version 1."""
+    with torch.random.fork_rng(devices=[]):
+        return capture(EdgeCNN(), NETWORKS["edgecnn"].input_shape)[0]
 
 
-def float_graph(tensors: dict) -> Graph:
-    """The trained network of version 1: its nodes bear the names of its modules."""
-    nodes, last = [], INPUT
-    for block in BLOCKS:
-        outputs = len(tensors[f"{block}.conv.weight"])
-        for name, op, options in (
-            ("conv", "conv", convolution(outputs, bias=0)),
-            ("bn", "batch_norm", {"eps": 1e-5}),
-            ("pool", "max_pool", POOL),
-            ("relu", "relu", {}),
-        ):
-            nodes.append(Node(f"{block}.{name}", op, (last,), options))
-            last = nodes[-1].name
-    nodes.append(Node("flatten", "flatten", (last,)))
-    fc1, fc2 = ({"outputs": len(tensors[f"{name}.weight"]), "bias": 1} for name in LINEAR)
-    nodes.append(Node("fc1", "linear", ("flatten",), fc1))
-    nodes.append(Node("relu", "relu", ("fc1",)))
-    nodes.append(Node("fc2", "linear", ("relu",), fc2))
-    return Graph(INPUT_SHAPE, tuple(nodes))
-
-
-def deployed_graph(tensors: dict) -> Graph:
-    """The same network folded and fused, as version 1's INT8 files held it."""
-    nodes, last = [], INPUT
-    for block in BLOCKS:
-        options = convolution(len(tensors[f"{block}.weight"]), bias=1, activation="relu")
-        nodes.append(Node(f"{block}.conv", "conv", (last,), options))
-        nodes.append(Node(f"{block}.pool", "max_pool", (f"{block}.conv",), POOL))
-        last = nodes[-1].name
-    nodes.append(Node("flatten", "flatten", (last,)))
-    for name, source, activation in (("fc1", "flatten", "relu"), ("fc2", "fc1", "none")):
-        options = {"outputs": len(tensors[f"{name}.weight"]), "bias": 1, "activation": activation}
-        nodes.append(Node(name, "linear", (source,), options))
-    return Graph(INPUT_SHAPE, tuple(nodes))
+def upgraded(old: dict, graph: Graph, **values) -> dict:
+    """What both precisions change."""
+    kept = {key: value for key, value in old.items() if key != "architecture"}
+    return {**kept, "format_version": 2, "graph": to_plain(graph), "data": dict(DATA), **values}
 
 
 def upgraded_fp32(old: dict) -> dict:
     """A version-1 fp32 checkpoint, its weights unpacked, as version 2 holds it."""
-    new = {key: value for key, value in old.items() if key != "architecture"}
-    plain = to_plain(float_graph(old["tensors"]))
-    return {**new, "format_version": 2, "graph": plain, "data": DATA}
+    return upgraded(old, float_graph())
 
 
 def upgraded_int8(old: dict) -> dict:
     """A version-1 int8 checkpoint, its weights unpacked, as version 2 holds it."""
-    graph, before = deployed_graph(old["tensors"]), old["quantization"]
-    names = {block: f"{block}.conv" for block in BLOCKS} | {name: name for name in LINEAR}
-    activations = {
-        INPUT: {"scale": before["input_scale"], "zero_point": before["input_zero_point"]}
-    }
-    for name, layer in before["layers"].items():
-        found = {"scale": layer["output_scale"], "zero_point": layer["output_zero_point"]}
-        activations[names[name]] = found
+    graph, before, tensors = deployed_graph(float_graph()), old["quantization"], {}
+    image = {"scale": before["input_scale"], "zero_point": before["input_zero_point"]}
+    activations, weights = {INPUT: image}, {}
     for node in graph.nodes:
-        activations.setdefault(node.name, activations[node.inputs[0]])
-    quantization = {
-        "engine": before["engine"],
-        "activations": activations,
-        "weights": {names[n]: layer["weight_scale"] for n, layer in before["layers"].items()},
-    }
-    tensors = {}
-    for key, tensor in old["tensors"].items():
-        layer, kind = key.split(".")
-        tensors[f"{names[layer]}.{kind}"] = tensor
-    new = {key: value for key, value in old.items() if key != "architecture"}
-    new |= {"format_version": 2, "graph": to_plain(graph), "data": DATA}
-    return {**new, "tensors": tensors, "quantization": quantization}
+        activations[node.name] = activations[node.inputs[0]]
+        if node.op in WEIGHTED:
+            name = node.name.removesuffix(".conv")
+            own = before["layers"][name]
+            found = {"scale": own["output_scale"], "zero_point": own["output_zero_point"]}
+            activations[node.name], weights[node.name] = found, own["weight_scale"]
+            for kind in ("weight", "bias"):
+                tensors[f"{node.name}.{kind}"] = old["tensors"][f"{name}.{kind}"]
+    quantization = {"engine": before["engine"], "activations": activations, "weights": weights}
+    return upgraded(old, graph, tensors=tensors, quantization=quantization)

@@ -10,8 +10,8 @@ from edgecnn.quantized import quantize, quantize_images
 DATA = {"name": "random", "classes": ["a", "b"], "mean": [0.5], "std": [0.5]}
 
 
-def pair(value) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def conv(outputs, kernel, stride=1, padding=0, groups=1, activation="none") -> tuple[str, dict]:
@@ -34,12 +34,15 @@ def avg_pool(kernel, stride) -> tuple[str, dict]:
 
 
 def graph_of(input_shape, *steps) -> Graph:
-    """A graph of (op, options) steps, each on the one before, or (op, options, inputs); n0, n1, ..."""
+    """A graph of (op, options) steps, each on the one before, or (op, options, inputs); n0, n1, ...
+
+    It may end in a map, which `read_out` makes logits.
+    """
     nodes: list[Node] = []
     for index, (op, options, *inputs) in enumerate(steps):
         sources = tuple(inputs[0]) if inputs else (nodes[-1].name if nodes else INPUT,)
         nodes.append(Node(f"n{index}", op, sources, options))
-    return from_plain(to_plain(Graph(tuple(input_shape), tuple(nodes))))
+    return Graph(tuple(input_shape), tuple(nodes))
 
 
 def random_tensors(graph: Graph, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -65,30 +68,22 @@ def quantized(graph: Graph, tensors=None, engine: str = "qnnpack", seed: int = 0
     return {"graph": to_plain(graph), "precision": "int8", **stored}
 
 
-def read_out(checkpoint: dict) -> dict:
-    """The checkpoint with a flatten and an identity behind its last map, so that logits show it.
+def read_out(graph: Graph, tensors=None, engine: str = "qnnpack", seed: int = 0) -> dict:
+    """`quantized`, with a flatten and an identity behind the last map, so that logits show it.
 
     127 * (q - zero) at the weight's scale 1 / 127 and the input's own scale is q - zero again.
     """
-    graph = from_plain(checkpoint["graph"])
+    checkpoint = quantized(graph, tensors, engine, seed)
     features = math.prod(shapes_of(graph)[graph.output])
-    options = {"outputs": features, "bias": 1, "activation": "none"}
     flat = Node("flat", "flatten", (graph.output,))
-    nodes = flat, Node("out", "linear", ("flat",), options)
-    whole = Graph(graph.input_shape, (*graph.nodes, *nodes))
-    before, tensors = checkpoint["quantization"], checkpoint["tensors"]
-    identity = 127 * torch.eye(features, dtype=torch.int8)
-    own = before["activations"][graph.output]
-    return {
-        **checkpoint,
-        "graph": to_plain(whole),
-        "tensors": {**tensors, "out.weight": identity, "out.bias": torch.zeros(features)},
-        "quantization": {
-            **before,
-            "activations": {**before["activations"], "flat": own, "out": own},
-            "weights": {**before["weights"], "out": [1 / 127]},
-        },
-    }
+    out = Node("out", "linear", ("flat",), {"outputs": features, "bias": 1, "activation": "none"})
+    checkpoint["graph"] = to_plain(Graph(graph.input_shape, (*graph.nodes, flat, out)))
+    checkpoint["tensors"]["out.weight"] = 127 * torch.eye(features, dtype=torch.int8)
+    checkpoint["tensors"]["out.bias"] = torch.zeros(features)
+    own = checkpoint["quantization"]["activations"]
+    own["flat"] = own["out"] = own[graph.output]
+    checkpoint["quantization"]["weights"]["out"] = [1 / 127]
+    return checkpoint
 
 
 def device_images(checkpoint: dict) -> torch.Tensor:
@@ -113,6 +108,7 @@ GRAPHS = {
     "max_pool": graph_of((3, 7, 6), conv(3, 1), max_pool(2, 2)),
     "max_pool padded": graph_of((3, 8, 6), conv(3, 1), max_pool(3, 2, 1)),
     "max_pool padded relu": graph_of((3, 8, 7), conv(3, 1, activation="relu"), max_pool(3, 2, 1)),
+    "max_pool 1x1": graph_of((3, 5, 4), max_pool(1, 2)),
     "avg_pool": graph_of((3, 8, 7), avg_pool((3, 4), 2)),
     "global_avg_pool": graph_of((3, 5, 7), conv(4, 1), ("global_avg_pool", {})),
     "relu alone": graph_of((3, 4, 4), conv(4, 1), ("relu", {})),

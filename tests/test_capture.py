@@ -215,6 +215,11 @@ WRITTEN = {
         "max_pool avg_pool flatten",
     ),
     "softmax": (lambda m, x: F.softmax(x.mean((2, 3)), -1), None, "global_avg_pool flatten"),
+    "dropout in place": (
+        lambda m, x: F.dropout(x.flatten(1), 0.2, m.training, inplace=True),
+        256,
+        "flatten dropout",
+    ),
     "dropout": (lambda m, x: F.dropout(x, 0.2, m.training).flatten(1), 256, "dropout flatten"),
 }
 

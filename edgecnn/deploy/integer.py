@@ -68,9 +68,8 @@ def flat_maps(graph: Graph) -> dict[str, tuple[int, int, int]]:
         if node.op == "add" and found and len({maps.get(name) for name in node.inputs}) > 1:
             raise GraphError(f"{node.name} (add): adds maps that were flattened in other orders")
         maps |= {node.name: found.pop()} if found else {}
-    logits = maps.get(graph.output) or shapes[graph.output]
-    if len(logits) == 3 and logits[1] * logits[2] > 1:
-        raise GraphError(f"{graph.output} ends in a map {logits}; pool it or add a linear layer")
+    if graph.output in maps:
+        raise GraphError(f"{graph.output}: the logits are a flattened map; pool it first")
     return maps
 
 
@@ -239,5 +238,5 @@ def exact_logits(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
     logits = []
     for batch in images.split(BATCH):
         values = exact_values(checkpoint, batch)
-        logits.append(values[next(reversed(values))].flatten(1) - SIGNED_OFFSET)
+        logits.append(values[next(reversed(values))] - SIGNED_OFFSET)
     return torch.cat(logits).to(torch.int8)
