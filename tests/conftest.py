@@ -1,6 +1,7 @@
 """Shared by the tests: the scripts on the path, a way to run one, and one smoke chain for all."""
 
 import contextlib
+import hashlib
 import importlib
 import shutil
 import sys
@@ -75,6 +76,19 @@ def hits_of(rows):
     """Made-up images: the first ones right, as many of 10,000 as the accuracy says."""
     counts = {r["variant"]: round(100 * r["accuracy_percent"]) for r in rows}
     return {name: [i < count for i in range(10_000)] for name, count in counts.items()}
+
+
+def same_bits(a, b):
+    """Whether two state_dicts are equal to the bit, names and all."""
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def digest(tensors) -> str:
+    """SHA-256 of a state_dict: names and bytes, in its order."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(name.encode() + tensor.numpy(force=True).tobytes())
+    return found.hexdigest()
 
 
 def snapshot(folder):

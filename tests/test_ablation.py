@@ -6,7 +6,7 @@ import torch
 from conftest import run_main
 
 from benchmarks.ablation import DECAYS, TRIALS, moving_average, table
-from edgecnn.model import EdgeCNN
+from edgecnn.networks import EdgeCNN
 
 
 def test_a_moving_average_starts_with_the_first_weights_and_forgets_them_at_its_decay():

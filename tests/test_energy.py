@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from foreign_networks import captured
 from torch import nn
 from torch.nn.utils import prune
 
 from edgecnn.energy import modelled_energy, stored_bytes, weight_energy_pj
-from edgecnn.model import IMAGE_SHAPE, EdgeCNN, fold_batch_norm
+from edgecnn.module import module_of
+from edgecnn.networks import EdgeCNN
+from edgecnn.rewrite import deployed_graph
 
 
 def _chain(*layers):
@@ -28,10 +31,8 @@ def test_energy_is_macs_stored_bytes_and_moved_elements_times_the_published_cost
 
 
 def test_energy_of_this_projects_network_by_precision():
-    model = EdgeCNN()
-    for bias in (model.block1.bn.bias, model.block2.bn.bias, model.block3.bn.bias):
-        nn.init.ones_(bias)
-    fp32 = modelled_energy(fold_batch_norm(model), IMAGE_SHAPE).energy_uj("dram")
+    model = module_of(deployed_graph(captured("edgecnn")[0]))
+    fp32 = modelled_energy(model, (3, 32, 32)).energy_uj("dram")
     assert fp32.weights == pytest.approx(620_362 * 4 * 1300 / 8 * 1e-6)  # 403 uJ
     assert fp32.arithmetic == pytest.approx(10.848768 * 4.6)
     assert weight_energy_pj(256, 8) == pytest.approx(256 * 0.3 + 12.5)
@@ -39,7 +40,7 @@ def test_energy_of_this_projects_network_by_precision():
 
 
 def test_the_peak_is_the_largest_sum_of_live_tensors():
-    assert modelled_energy(EdgeCNN(), IMAGE_SHAPE).peak_activations == 32 * 1024 + 32 * 256
+    assert modelled_energy(EdgeCNN(), (3, 32, 32)).peak_activations == 32 * 1024 + 32 * 256
     wide = _chain(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.BatchNorm2d(5), nn.Conv2d(5, 1, 1))
     assert wide.peak_activations == (3 + 5) * 64  # what works element by element works in place
 

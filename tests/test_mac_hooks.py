@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import mac_hooks
-from edgecnn.model import EdgeCNN
+from edgecnn.networks import EdgeCNN
 from mac_hooks import count_macs, energy_score
 
 # ---------------------------------------------------------------- closed forms

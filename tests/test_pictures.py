@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import same_bits
 from PIL import Image
 
 from edgecnn import data, pictures, split
 from edgecnn.cli import Parser, add_data_arguments, data_source
-from edgecnn.dataset import channel_statistics
+from edgecnn.dataset import CIFAR10, DataSet, channel_statistics
 from edgecnn.errors import UserError
-from edgecnn.model import EdgeCNN
+from edgecnn.networks import EdgeCNN
 from edgecnn.train import Recipe, fit
 
 SIZE = (3, 8, 10)
@@ -164,14 +165,14 @@ def test_the_sample_written_as_png_folders_trains_to_the_same_bits(workdir):
     assert dataset.fingerprint == builtin.fingerprint and dataset.classes == builtin.classes
     assert (dataset.mean, dataset.std) == channel_statistics(images)
 
-    def epoch(split_of):
+    def epoch(split_of, like):
         torch.manual_seed(0)
         model = EdgeCNN()
-        fit(model, split_of, Recipe(1, 64, 0.1, 0, ""), torch.device("cpu"))
+        fit(model, split_of, like, Recipe(1, 64, 0.1, 0, ""), torch.device("cpu"))
         return model.state_dict()
 
-    ours, theirs = epoch(train), epoch(pictures_train)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    whole = replace(builtin, mean=dataset.mean, std=dataset.std)  # the sample's are all CIFAR-10's
+    assert same_bits(epoch(train, whole), epoch(pictures_train, dataset))
 
 
 def test_training_opens_no_test_picture(folder):
@@ -463,8 +464,8 @@ def test_data_larger_than_memory_is_refused_before_it_is_read(folder, archive, m
 def test_a_data_set_survives_its_plain_form_and_nothing_else_does(archive):
     dataset = data.load_training(archive(), "cache")[0]
     plain = dataset.to_dict()
-    assert data.DataSet.from_dict(plain) == dataset
-    assert data.DataSet.from_dict(data.CIFAR10.to_dict()) == data.CIFAR10
+    assert DataSet.from_dict(plain) == dataset
+    assert DataSet.from_dict(CIFAR10.to_dict()) == CIFAR10
     wrong = [
         {**plain, key: value}
         for key, values in {
@@ -476,13 +477,14 @@ def test_a_data_set_survives_its_plain_form_and_nothing_else_does(archive):
             "std": [[0.0, 0.2, 0.2], [-1.0, 0.2, 0.2], [0.2, 0.2, float("inf")]],
             "shape": [[3, 8], [2, 8, 8], [3, 0, 8], [3, 8, 10**9], [True, 8, 8], [3.0, 8, 8]],
             "fingerprint": ["", "A" * 64, 5],
+            "augment": ["", "mixup", None, ["both"]],
         }.items()
         for value in values
     ]
     wrong += [None, [], {}, {**plain, "more": 1}, {k: v for k, v in plain.items() if k != "std"}]
     for values in wrong:
         with pytest.raises(ValueError, match="data set"):
-            data.DataSet.from_dict(values)
+            DataSet.from_dict(values)
 
 
 def test_what_training_sees_is_described(folder):
@@ -523,13 +525,14 @@ def test_statistics_are_those_of_all_pixels_to_four_decimals():
 def test_augmentation_does_what_its_name_says(shape, augment):
     count = 40
     images = torch.from_numpy(noise(count, *shape[1:], shape[0]).transpose(0, 3, 1, 2).copy())
-    dataset = replace(data.CIFAR10, shape=shape, mean=(0.5,) * shape[0], std=(0.25,) * shape[0])
-    pad = data.crop_padding(shape, augment)
+    mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
+    dataset = replace(CIFAR10, shape=shape, mean=mean, std=std, augment=augment)
+    pad = data.crop_padding(dataset)
     padded = data.pad_reflect(images, pad)
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(count)
-    ((batch, order),) = data.augmented_batches(padded, labels, count, generator, dataset, augment)
-    plain = data.normalize(images, dataset.mean, dataset.std)[order]
+    ((batch, order),) = data.augmented_batches(padded, labels, count, generator, dataset)
+    plain = data.normalize(images, dataset)[order]
     same = (batch == plain).flatten(1).all(1)
     flipped = (batch == plain.flip(3)).flatten(1).all(1)
     assert order.sort().values.equal(labels) and not order.equal(labels)
@@ -541,7 +544,7 @@ def test_augmentation_does_what_its_name_says(shape, augment):
     elif augment == "crop":
         windows = data.normalize(
             padded.unfold(2, shape[1], 1).unfold(3, shape[2], 1)[order].permute(0, 2, 3, 1, 4, 5)
-            .reshape(-1, *shape), dataset.mean, dataset.std
+            .reshape(-1, *shape), dataset
         ).reshape(count, -1, *shape)  # fmt: skip
         assert (windows == batch[:, None]).flatten(2).all(2).any(1).all()
 
@@ -550,10 +553,10 @@ def test_the_order_of_an_epoch_does_not_depend_on_the_augmentation():
     images = torch.from_numpy(noise(30, 32, 32).transpose(0, 3, 1, 2).copy())
 
     def order(augment):
-        padded = data.pad_reflect(images, data.crop_padding(data.CIFAR10.shape, augment))
+        dataset = replace(CIFAR10, augment=augment)
+        padded = data.pad_reflect(images, data.crop_padding(dataset))
         generator = torch.Generator().manual_seed(5)
-        labels = torch.arange(30)
-        batches = data.augmented_batches(padded, labels, 10, generator, augment=augment)
+        batches = data.augmented_batches(padded, torch.arange(30), 10, generator, dataset)
         return torch.cat([part for _, part in batches])
 
     assert all(order(augment).equal(order("both")) for augment in ("flip", "crop", "none"))

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import run_main, same_bits
 
 from edgecnn.data import load_sample, normalize
+from edgecnn.dataset import CIFAR10
 from edgecnn.errors import UserError
-from edgecnn.model import EdgeCNN, fold_batch_norm, weight_layers
+from edgecnn.networks import EdgeCNN
 from edgecnn.train import TEMPERATURE, Recipe, distillation_loss, fit, one_cycle
 
 
@@ -17,40 +18,8 @@ def trained(epochs=2, seed=3, distillation=0.0, **keywords):
     torch.manual_seed(seed)
     model = EdgeCNN()
     recipe = Recipe(epochs, 64, 0.1, seed=seed, start="test", distillation=distillation)
-    history = fit(model, load_sample()[0], recipe, torch.device("cpu"), **keywords)
+    history = fit(model, load_sample()[0], CIFAR10, recipe, torch.device("cpu"), **keywords)
     return model.state_dict(), history
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def tensors(path):
-    return torch.load(path, weights_only=True)["tensors"]
-
-
-def test_network_is_the_documented_one():
-    model = EdgeCNN()
-    weights = {name: layer.weight.numel() for name, layer in weight_layers(model).items()}
-    assert list(weights.values()) == [864, 18_432, 73_728, 524_288, 2_560]
-    assert sum(p.numel() for p in fold_batch_norm(model).parameters()) == 620_362
-
-
-def test_folding_and_pooling_first_change_nothing():
-    torch.manual_seed(0)
-    model = EdgeCNN()
-    images = torch.randn(4, 3, 32, 32)
-    model.train()
-    for _ in range(3):
-        model(images)  # moves BN's statistics away from their start
-    with torch.no_grad():
-        for block in (model.block1, model.block2, model.block3):
-            block.bn.weight.normal_()  # negative scales too
-        model.eval()
-        assert torch.allclose(fold_batch_norm(model)(images), model(images), atol=1e-5)
-        block = model.block1
-        ordinary = block.pool(block.relu(block.bn(block.conv(images))))
-        assert torch.equal(block(images), ordinary)
 
 
 def test_schedule_closed_form():
@@ -69,7 +38,7 @@ def test_same_seed_same_bits_other_seed_others():
 
 def a_teacher():
     torch.manual_seed(7)
-    return fold_batch_norm(EdgeCNN())
+    return EdgeCNN().eval()
 
 
 def test_distillation_loss_closed_form():
@@ -84,7 +53,7 @@ def test_distillation_loss_closed_form():
 def test_a_teacher_alone_draws_the_student_to_itself_and_stays_as_it_was():
     teacher = a_teacher()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    images = normalize(load_sample()[0][0])
+    images = normalize(load_sample()[0][0], CIFAR10)
 
     def distance(**keywords):
         student = EdgeCNN()
@@ -94,7 +63,7 @@ def test_a_teacher_alone_draws_the_student_to_itself_and_stays_as_it_was():
 
     assert distance(distillation=1.0) < 0.5 * distance()
     assert same_bits(before, teacher.state_dict())
-    assert same_bits(trained(teacher=teacher)[0], trained()[0])
+    assert same_bits(trained(1, teacher=teacher)[0], trained(1)[0])
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.7])
@@ -143,6 +112,7 @@ def test_divergence_late_in_a_run_keeps_the_last_good_epoch(tmp_path):
         fit(
             model,
             load_sample()[0],
+            CIFAR10,
             recipe,
             torch.device("cpu"),
             resume_path=path,
