@@ -86,7 +86,7 @@ class LayerEnergy:
         Stored weights are fetched once; activations, as wide as the weights, lie in SRAM.
         Raises ValueError for MACs of a width without a published energy.
         """
-        macs, bits = self.count.used_macs + self.count.activation_macs, self.count.bits
+        macs, bits = self.count.used_macs, self.count.bits
         if macs and bits not in MAC_PJ:
             raise ValueError(f"{self.count.name}: no published energy of a {bits}-bit MAC")
         return Energy(
@@ -123,10 +123,8 @@ class EnergyReport:
         header = ["layer", "zeros %", "stored B", "nonzero MACs", "arithmetic uJ"]
         header += ["SRAM weights uJ", "DRAM weights uJ", "activations uJ"]
         lines = [[*header, "SRAM total uJ", "DRAM total uJ"]]
-        whole = LayerCount("total", "", macs=self.macs.macs, nonzero_macs=self.macs.nonzero_macs)
-        whole.weights, whole.nonzero_weights = self.macs.weights, self.macs.nonzero_weights
         for row in [*self.layers, self]:
-            count = whole if row is self else row.count
+            count = self.macs if row is self else row.count
             sram, dram = row.energy_uj("sram"), row.energy_uj("dram")
             zeros = "-" if count.zeros_percent is None else f"{count.zeros_percent:.1f}"
             nonzero = "?" if count.nonzero_macs is None else f"{count.nonzero_macs:,}"
@@ -148,7 +146,7 @@ def modelled_energy(
     report = count_macs(model, input_size, observe=flow, **options)
     stored: dict[str, int] = {}
     with restored(model), torch.no_grad():
-        for layer, _parameter, tensor in stored_tensors(model):
+        for layer, tensor, _is_weight in stored_tensors(model):
             stored[layer] = stored.get(layer, 0) + stored_bytes(tensor)
     rows = [
         LayerEnergy(row, stored.get(row.name, 0), flow.moved.get(row.name, 0))

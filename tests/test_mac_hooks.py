@@ -411,9 +411,7 @@ def test_share_of_the_nonzero_weights_is_exact():
     mode, weight = mac_hooks._MacMode(Tall(), (), None), Tall().w
     x = torch.ones(1)
     mode.known[x.untyped_storage()] = mac_hooks._ACTIVE
-    row = mode.book(
-        [x, weight], [torch.ones(1)], [x], [weight], 20
-    )  # not a multiple of the 15 weights
+    row = mode.book([x], [weight], 20, [x])  # not a multiple of the 15 weights
     assert row.nonzero_macs == 20 * 4 // 15 == 5
 
 
@@ -1235,9 +1233,9 @@ def test_agrees_exactly_with_pytorchs_flop_counter(name):
 
 def test_resnet50_is_counted_in_under_a_second():
     model, input_size = torchvision_model("resnet50")
-    start = time.perf_counter()
+    start = time.process_time()
     report = count_macs(model, input_size)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert report.total_macs == 4_089_184_256
     assert report.parameters == 25_557_032
 
