@@ -83,16 +83,15 @@ def test_a_pickle_with_code_is_refused_and_never_executed(copy, capsys, writer):
     [
         ({"format": "other"}, "not a checkpoint of this project"),
         ({"format_version": 99}, "format version 99"),
-        ({"architecture": "resnet8"}, "architecture resnet8"),
     ],
 )
-def test_other_format_version_or_architecture(copy, capsys, change, message):
+def test_other_format_or_version(copy, capsys, change, message):
     path = copy / FOLDER / "baseline_fp32.pt"
     torch.save({**torch.load(path, weights_only=True), **change}, path)
     assert message in fails(capsys, copy, "quantize", "--smoke")
 
 
-@pytest.mark.parametrize("key", ["architecture", "precision", "tensors", "provenance"])
+@pytest.mark.parametrize("key", ["graph", "data", "precision", "tensors", "provenance"])
 def test_checkpoint_without_a_needed_key(copy, capsys, key):
     path = copy / FOLDER / "baseline_fp32.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -154,6 +153,90 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
 )
 def test_arguments_out_of_range(workdir, capsys, script, arguments, message):
     assert message in fails(capsys, workdir, script, *arguments)
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, part=None, features=4 * 32 * 32, outputs=10):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.part = part or nn.Identity()
+        self.fc = nn.Linear(features, outputs)
+
+    def middle(self, x):
+        return self.part(x)
+
+    def forward(self, x):
+        return self.fc(self.middle(self.conv(x)).flatten(1))
+
+class LSTM(Net):
+    def middle(self, x):
+        return self.part(x.flatten(1, 2))[0]
+
+class Concat(Net):
+    def middle(self, x):
+        return torch.cat([x, x], 1)
+
+class Decides(Net):
+    def middle(self, x):
+        return x if x.sum() > 0 else -x
+
+def silu():
+    return Net(nn.SiLU())
+
+def transposed():
+    return Net(nn.ConvTranspose2d(4, 4, 1))
+
+def lstm():
+    return LSTM(nn.LSTM(32, 32, batch_first=True))
+
+def concat():
+    return Concat(features=8 * 32 * 32)
+
+def dilated():
+    return Net(nn.Conv2d(4, 4, 3, padding=2, dilation=2))
+
+def seven():
+    return Net(outputs=7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--network", "nets.py:silu"), "part = SiLU(): it runs silu, which is not supported"),
+        (("--network", "nets.py:transposed"), "part = ConvTranspose2d(4, 4"),
+        (("--network", "nets.py:lstm"), "part = LSTM(32, 32"),
+        (("--network", "nets.py:concat"), "(Concat), nets.py line 16: it runs cat"),
+        (("--network", "nets.py:dilated"), "dilation (2, 2) is not supported"),
+        (("--network", "nets.py:Decides"), "must not decide by the values of its input"),
+        (("--network", "nets.py:seven"), "7 outputs, the data have 10 classes"),
+        (("--network", "nets.py:Absent"), "nets.py defines no Absent; it defines Net, LSTM"),
+        (("--network", "resnet9"), "no network of that name; give edgecnn, resnet8"),
+        (("--input-size", 3, 4, 4), "cannot take an image of (3, 4, 4): block3.pool = MaxPool2d"),
+        (("--weights", "foreign.pt"), "foreign.pt does not fit the network: it lacks block1.conv"),
+        (("--network", "resnet8", "--weights", "gone.pt"), "gone.pt is missing; --weights takes"),
+        (("--data", "photos"), "one class only, cat"),
+        (("--data", "photos", "--data-dir", "photos"), "photos holds test, and is for this"),
+    ],
+)
+def test_what_cannot_be_trained_ends_before_training(
+    workdir, tmp_path_factory, capsys, recwarn, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("train_baseline.fit", lambda *_: pytest.fail("trained"))
+    nets = tmp_path_factory.mktemp("nets") / "nets.py"  # elsewhere: Python may cache it there
+    nets.write_text(NETS)
+    arguments = [str(word).replace("nets.py", str(nets)) for word in arguments]
+    torch.save({"fc.weight": torch.zeros(2, 2)}, "foreign.pt")
+    for split in ("train", "test"):
+        (workdir / f"photos/{split}/cat").mkdir(parents=True)
+        (workdir / f"photos/{split}/cat/1.png").write_text("no picture")
+    sample = () if "--data" in arguments else ("--smoke",)
+    assert message in fails(capsys, workdir, "train_baseline", *sample, *arguments)
+    assert not recwarn.list  # they would stand above the one line
 
 
 def test_cuda_where_there_is_none(workdir, capsys, monkeypatch):
@@ -282,7 +365,7 @@ def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, cap
         ("baseline_fp32", lambda c: c.update(precision="fp16"), "fp16"),
         ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
         ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
-        ("baseline_int8", lambda c: c["quantization"]["layers"].pop("fc1"), "fc1"),
+        ("baseline_int8", lambda c: c["quantization"]["weights"].pop("fc1"), "weight scales"),
         ("baseline_fp32", lambda c: c["tensors"]["fc2.bias"].fill_(torch.nan), "not finite"),
     ],
 )
