@@ -19,7 +19,6 @@ from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Graph, Node
 from edgecnn.networks import NETWORKS
 from edgecnn.rewrite import deployed
-from edgecnn.upgrade import upgraded_int8
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_generated_file_equals_exact_integers_on_many_images(shipped):
 
 def test_the_headline_network_equals_torchs_kernels():
     path = REPOSITORY / "checkpoints/headline/pruned_93_energy_int8.pt"
-    checkpoint = upgraded_int8(load_checkpoint(path))
+    checkpoint = load_checkpoint(path)
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = c_source.host_parity(checkpoint, images, ("qnnpack",))
     assert found["exact_integers"]["bit_exact_images"] == 20
@@ -243,16 +242,17 @@ def test_pixels_become_what_torch_quantizes(tiny, tmp_path):
 
 
 def test_exported_folder_compiles_by_itself_and_classifies(tiny, tmp_path):
-    c_source.export_folder(tiny, tmp_path / "c")
-    folder = tmp_path / "c"
-    files = sorted(map(str, folder.glob("*.c")))
-    subprocess.run(["cc", "-O1", *files, "-o", str(tmp_path / "classify")], check=True)
+    texts = c_source.c_files(tiny)
+    assert tuple(sorted(texts)) == tuple(sorted(c_source.C_NAMES))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    subprocess.run("cc *.c", shell=True, cwd=tmp_path, check=True)
     pixels = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8)
     picture = tmp_path / "p.ppm"
     picture.write_bytes(b"P6\n# made here\n5 6\n255\n" + pixels.numpy().tobytes())
 
     def classify(path: Path):
-        command = [str(tmp_path / "classify"), str(path)]
+        command = [str(tmp_path / "a.out"), str(path)]
         return subprocess.run(command, capture_output=True, encoding="utf-8")
 
     done = classify(picture)

@@ -15,7 +15,6 @@ from edgecnn.deploy.integer import exact_logits
 from edgecnn.errors import UserError
 from edgecnn.networks import NETWORKS
 from edgecnn.rewrite import deployed
-from edgecnn.upgrade import upgraded_int8
 
 needs_emulator = pytest.mark.skipif(
     not all(map(shutil.which, (cortex_m.COMPILER, cortex_m.EMULATOR))), reason=cortex_m.INSTALL
@@ -26,7 +25,7 @@ IMAGES = torch.randint(
 
 
 def committed(name: str) -> dict:
-    return upgraded_int8(load_checkpoint(REPOSITORY / "checkpoints" / f"{name}_int8.pt"))
+    return load_checkpoint(REPOSITORY / "checkpoints" / f"{name}_int8.pt")
 
 
 def shipped(name: str, **options) -> tuple[dict, torch.Tensor]:

@@ -17,8 +17,8 @@ from narrow import (
     read_out,
 )
 
-from edgecnn import ethos_u
 from edgecnn.capture import capture
+from edgecnn.deploy import ethos_u
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.tflite import (
     MAX_BIAS,
