@@ -22,7 +22,7 @@ from edgecnn.capture import capture, check_classes
 from edgecnn.checkpoint import provenance, save_variant
 from edgecnn.cli import Parser, add_data_arguments, data_source, parse_training_arguments, run_name
 from edgecnn.data import describe as describe_data
-from edgecnn.data import load_training
+from edgecnn.data import kind_of, load_training
 from edgecnn.describe import describe
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
@@ -83,9 +83,12 @@ def main():
     step = baseline_step(args, run)
     if step.kept():
         return
-    shape = args.input_size and tuple(args.input_size) or default_input_shape(args.network)
-    source, augment = data_source(args), args.augment
-    dataset, train, validation = load_training(source, args.data_dir, shape, args.holdout, augment)
+    source, augment, shape = data_source(args), args.augment, args.input_size
+    if shape is None and kind_of(source) != "npz":  # which has a size of its own
+        shape = default_input_shape(args.network)
+    dataset, train, validation = load_training(
+        source, args.data_dir, shape and tuple(shape), args.holdout, augment
+    )
     graph, tensors = captured(args, dataset)
     print(f"{describe_data(dataset, train, validation)}\n\n{describe(graph)}\n")
 
