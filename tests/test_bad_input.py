@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
-from edgecnn.checkpoint import load_checkpoint
 from edgecnn.errors import UserError
 from edgecnn.files import atomic_path
 from edgecnn.train import Recipe
 
 FOLDER = "checkpoints/smoke"
+PACKED = ("tensors", "fc1.weight", "coded")
 
 
 class Exploit:
@@ -78,43 +78,44 @@ def test_a_pickle_with_code_is_refused_and_never_executed(copy, capsys, writer):
     assert not (copy / "executed").exists()
 
 
+def put(*keys):
+    """A function that puts the last of `keys` where those before lead in a checkpoint."""
+    *path, last, value = keys
+
+    def spoil(checkpoint):
+        for key in path:
+            checkpoint = checkpoint[key]
+        checkpoint[last] = value
+
+    return spoil
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "spoil", "message"),
     [
-        ({"format": "other"}, "not a checkpoint of this project"),
-        ({"format_version": 99}, "format version 99"),
+        ("baseline_fp32", put("format", "other"), "not a checkpoint of this project"),
+        ("baseline_fp32", put("format_version", 99), "format version 99"),
+        *[
+            ("baseline_fp32", lambda c, key=key: c.pop(key), f"it lacks `{key}`")
+            for key in ("graph", "data", "precision", "tensors", "provenance")
+        ],
+        ("baseline_fp32", lambda c: c["provenance"].pop("method"), "provenance lacks method"),
+        ("baseline_fp32", put("precision", "fp16"), "fp16"),
+        ("baseline_fp32", put("tensors", "fc1.weight", torch.zeros(3, 3)), "do not fit"),
+        ("baseline_fp32", put("tensors", "fc2.bias", torch.full((10,), torch.nan)), "not finite"),
+        ("pruned_50_fp32", put(*PACKED, torch.zeros(100, dtype=torch.uint8)), "damaged weight"),
+        ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
+        ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
+        ("baseline_int8", lambda c: c["quantization"]["weights"].pop("fc1"), "weight scales"),
+        ("baseline_int8", put("quantization", "engine", "future"), "no engine future"),
     ],
 )
-def test_other_format_or_version(copy, capsys, change, message):
-    path = copy / FOLDER / "baseline_fp32.pt"
-    torch.save({**torch.load(path, weights_only=True), **change}, path)
-    assert message in fails(capsys, copy, "quantize", "--smoke")
-
-
-@pytest.mark.parametrize("key", ["graph", "data", "precision", "tensors", "provenance"])
-def test_checkpoint_without_a_needed_key(copy, capsys, key):
-    path = copy / FOLDER / "baseline_fp32.pt"
+def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
+    path = copy / FOLDER / f"{name}.pt"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint[key]
+    spoil(checkpoint)
     torch.save(checkpoint, path)
-    assert key in fails(capsys, copy, "quantize", "--smoke")
-
-
-def test_tensors_of_another_shape(copy, capsys):
-    path = copy / FOLDER / "baseline_fp32.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["tensors"]["fc1.weight"] = torch.zeros(3, 3)
-    torch.save(checkpoint, path)
-    assert "do not fit" in fails(capsys, copy, "prune_finetune", "--smoke")
-
-
-def test_damaged_packed_weight(copy):
-    path = copy / FOLDER / "pruned_50_fp32.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["tensors"]["fc1.weight"]["coded"] = torch.zeros(100, dtype=torch.uint8)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="damaged weight"):
-        load_checkpoint(path)
+    assert message in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 @pytest.mark.parametrize("script", ["quantize", "prune_finetune"])
@@ -244,14 +245,6 @@ def test_cuda_where_there_is_none(workdir, capsys, monkeypatch):
     assert "--device cpu" in fails(capsys, workdir, "train_baseline", "--smoke", "--device", "cuda")
 
 
-def test_engine_that_this_torch_lacks(copy, capsys, monkeypatch):
-    path = copy / FOLDER / "baseline_int8.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["quantization"]["engine"] = "future"
-    torch.save(checkpoint, path)
-    assert "no engine future" in fails(capsys, copy, "evaluate", "--smoke", path)
-
-
 def test_resume_with_other_arguments_is_refused(copy, capsys):
     state = {"recipe": {"epochs": 7}, "source": {}, "model": {}, "optimizer": {}, "history": []}
     torch.save(state, copy / FOLDER / "baseline_seed5_fp32.resume.pt")
@@ -356,25 +349,6 @@ def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, cap
         ("prune_finetune", ("--checkpoint", path)),
     ):
         assert "validation images" in fails(capsys, copy, script, "--holdout", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil", "message"),
-    [
-        ("baseline_fp32", lambda c: c["provenance"].pop("method"), "provenance lacks method"),
-        ("baseline_fp32", lambda c: c.update(precision="fp16"), "fp16"),
-        ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
-        ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
-        ("baseline_int8", lambda c: c["quantization"]["weights"].pop("fc1"), "weight scales"),
-        ("baseline_fp32", lambda c: c["tensors"]["fc2.bias"].fill_(torch.nan), "not finite"),
-    ],
-)
-def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
-    path = copy / FOLDER / f"{name}.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    spoil(checkpoint)
-    torch.save(checkpoint, path)
-    assert message in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 def test_unknown_variant_names_are_welcome(copy, capsys):
