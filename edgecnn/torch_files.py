@@ -14,7 +14,7 @@ from edgecnn.errors import UserError
 from edgecnn.files import write_files
 
 SLACK_BYTES = 2**22  # of a file beside its tensors: names, scales, provenance
-MODULES = ("collections", "torch", "torch._utils")  # of all that tensors and plain values need
+MODULES = ("collections", "torch", "torch._utils", "torch.serialization")  # all that tensors need
 OBJECTS = "it holds Python objects besides tensors, which are refused, never executed"
 
 

@@ -1,10 +1,12 @@
 """Random INT8 networks, and a plan run kernel by kernel in this process: for the tests of the C."""
 
 import ctypes
+import functools
 
 import numpy as np
 import torch
 
+from edgecnn.capture import capture
 from edgecnn.deploy import c_source
 from edgecnn.deploy.integer import exact_values
 from edgecnn.graph import (
@@ -17,8 +19,20 @@ from edgecnn.graph import (
     tensor_shapes,
     to_plain,
 )
+from edgecnn.networks import NETWORKS
+from edgecnn.rewrite import deployed
 
 GUARD, FILL = 64, 0xA5  # bytes behind the arena that no kernel may touch
+
+
+@functools.cache
+def shipped(name: str) -> tuple[Graph, dict]:
+    """(graph, tensors) of a shipped network as deployed, freshly initialised."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = NETWORKS[name]
+        module = network.make(network.classes, network.input_shape)
+        return deployed(*capture(module.eval(), network.input_shape))
 
 
 # ---- random networks -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from deploying import conv, differing_step, ended, random_checkpoint, random_images
+from deploying import conv, differing_step, ended, random_checkpoint, random_images, shipped
 from torch import nn
 
 from edgecnn.capture import capture
@@ -28,14 +28,6 @@ def library(tmp_path_factory):
 
 def graph_of(module: nn.Module, shape) -> Graph:
     return deployed(*capture(module.eval(), shape))[0]
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return {
-        name: graph_of(one.make(one.classes, one.input_shape), one.input_shape)
-        for name, one in NETWORKS.items()
-    }
 
 
 class Bottleneck(nn.Module):
@@ -94,8 +86,9 @@ def foreign() -> dict[str, tuple[nn.Module, tuple]]:
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.85])
-def test_shipped_networks_equal_exact_integers(library, shipped, zeros):
-    for name, graph in shipped.items():
+def test_shipped_networks_equal_exact_integers(library, zeros):
+    for name in NETWORKS:
+        graph, _ = shipped(name)
         checkpoint, image = random_checkpoint(graph, zeros=zeros), random_images(graph, 1)[0]
         for storage in ("fastest", "balanced", "sparse"):
             plan = planned(checkpoint, storage)
@@ -116,9 +109,10 @@ def test_foreign_networks_equal_exact_integers(library, name):
         assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
 
-def test_generated_file_equals_exact_integers_on_many_images(shipped):
-    checkpoint = random_checkpoint(shipped["resnet8"])
-    noise, levels = random_images(shipped["resnet8"], 20), torch.linspace(-100, 100, 20)
+def test_generated_file_equals_exact_integers_on_many_images():
+    graph, _ = shipped("resnet8")
+    checkpoint = random_checkpoint(graph)
+    noise, levels = random_images(graph, 20), torch.linspace(-100, 100, 20)
     images = (0.2 * noise + levels.view(20, 1, 1, 1)).to(torch.int8)  # of other brightness
     logits = c_source.host_logits(checkpoint, images)
     assert torch.equal(logits, exact_logits(checkpoint, images))
@@ -137,10 +131,10 @@ def test_the_headline_network_equals_torchs_kernels():
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_resnet8_keeps_two_maps_and_the_scratch(shipped):
+def test_resnet8_keeps_two_maps_and_the_scratch():
     """The addition happens in place, so that the second stack takes most: one map of 32 x 32 x 16 and
     two of 16 x 16 x 32 and Winograd's tiles of 32 channels."""
-    plan = planned(random_checkpoint(shipped["resnet8"]), "dense")
+    plan = planned(random_checkpoint(shipped("resnet8")[0]), "dense")
     second = next(step for step in plan.steps if step.node == "stack1.second.conv")
     assert second.output != "stack1.second.conv"  # it took the addition along
     assert plan.offsets[second.output] == plan.offsets[second.inputs[1]]
@@ -148,15 +142,16 @@ def test_resnet8_keeps_two_maps_and_the_scratch(shipped):
     assert plan.arena_bytes == 32 * 32 * 16 + 2 * 16 * 16 * 32 + winograd
 
 
-def test_the_first_network_runs_in_place(shipped):
+def test_the_first_network_runs_in_place():
     """Every convolution over its input; the largest use is the third one's, of 8 x 8 x 64 values."""
-    plan = planned(random_checkpoint(shipped["edgecnn"]), "dense")
+    plan = planned(random_checkpoint(shipped("edgecnn")[0]), "dense")
     assert {plan.offsets[step.output] for step in plan.steps[:-1]} == {0}
     assert plan.arena_bytes == 8 * 8 * 64 + (16 * 2 * 4 + 32) * 64 * 2 + 64
 
 
-def test_nothing_in_use_overlaps(shipped):
-    for graph in shipped.values():
+def test_nothing_in_use_overlaps():
+    for name in NETWORKS:
+        graph, _ = shipped(name)
         plan = planned(random_checkpoint(graph))
         last = {name: at for at, s in enumerate(plan.steps) for name in (*s.inputs, s.output)}
         first = {step.output: at for at, step in enumerate(plan.steps)}
