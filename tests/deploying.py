@@ -1,12 +1,11 @@
 """Random INT8 networks, and a plan run kernel by kernel in this process: for the tests of the C."""
 
 import ctypes
-import functools
 
 import numpy as np
 import torch
+from foreign_networks import captured
 
-from edgecnn.capture import capture
 from edgecnn.deploy import c_source
 from edgecnn.deploy.integer import exact_values
 from edgecnn.graph import (
@@ -19,20 +18,9 @@ from edgecnn.graph import (
     tensor_shapes,
     to_plain,
 )
-from edgecnn.networks import NETWORKS
-from edgecnn.rewrite import deployed
+from edgecnn.rewrite import deployed_graph
 
 GUARD, FILL = 64, 0xA5  # bytes behind the arena that no kernel may touch
-
-
-@functools.cache
-def shipped(name: str) -> tuple[Graph, dict]:
-    """(graph, tensors) of a shipped network as deployed, freshly initialised."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = NETWORKS[name]
-        module = network.make(network.classes, network.input_shape)
-        return deployed(*capture(module.eval(), network.input_shape))
 
 
 # ---- random networks -----------------------------------------------------------------------------
@@ -98,6 +86,11 @@ def conv(
     return Node(
         name, "conv", (source,), options | {"padding": list(padding), "groups": groups, **more}
     )
+
+
+def deployed_network(name: str) -> Graph:
+    """The deployed graph of a shipped or foreign network."""
+    return deployed_graph(captured(name)[0])
 
 
 def ended(input_shape, *nodes: Node) -> Graph:

@@ -7,79 +7,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from deploying import conv, differing_step, ended, random_checkpoint, random_images, shipped
-from torch import nn
+from deploying import (
+    conv,
+    deployed_network,
+    differing_step,
+    ended,
+    random_checkpoint,
+    random_images,
+)
+from foreign_networks import FOREIGN
 
-from edgecnn.capture import capture
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, kernels
 from edgecnn.deploy.integer import exact_logits, exact_values
 from edgecnn.deploy.plan import arrange, clash, planned
 from edgecnn.errors import UserError
-from edgecnn.graph import INPUT, Graph, Node
+from edgecnn.graph import INPUT, Node
 from edgecnn.networks import NETWORKS
-from edgecnn.rewrite import deployed
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return c_source.compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
-
-
-def graph_of(module: nn.Module, shape) -> Graph:
-    return deployed(*capture(module.eval(), shape))[0]
-
-
-class Bottleneck(nn.Module):
-    """MobileNetV2's block."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        wide = 3 * inputs
-        self.expand = nn.Sequential(nn.Conv2d(inputs, wide, 1), nn.ReLU6())
-        depthwise = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide)
-        self.project = nn.Sequential(depthwise, nn.ReLU6(), nn.Conv2d(wide, outputs, 1))
-        self.same = stride == 1 and inputs == outputs
-
-    def forward(self, x):
-        y = self.project(self.expand(x))
-        return x + y if self.same else y
-
-
-class OddResidual(nn.Module):
-    """Odd sizes, a 1x1 shortcut that runs before the main branch, and one that runs behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.down, self.main = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, padding=1)
-        self.shortcut, self.last = nn.Conv2d(8, 12, 1, 2), nn.Conv2d(12, 12, 3, padding=1)
-        self.fc = nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = torch.relu(self.shortcut(x) + self.main(torch.relu(self.down(x))))
-        return self.fc(torch.relu(self.last(x) + x).mean((2, 3)))
-
-
-def foreign() -> dict[str, tuple[nn.Module, tuple]]:
-    """Networks that no kernel was written for."""
-    lenet = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2))
-    lenet.extend([nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
-    lenet.extend([nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 10)])
-    vgg = nn.Sequential(nn.Conv2d(3, 10, 5, padding=2), nn.ReLU(), nn.Conv2d(10, 12, 5, padding=2))
-    vgg.extend([nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU()])
-    vgg.extend([nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(400, 9)])
-    wide = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), Bottleneck(8, 8, 1))
-    wide.extend([Bottleneck(8, 12, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)])
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.ReLU(), nn.Linear(50, 7))
-    return {
-        "lenet": (lenet, (1, 28, 28)),
-        "vgg 5x5": (vgg, (3, 20, 20)),
-        "mobilenet v2": (wide, (3, 24, 24)),
-        "odd residual": (OddResidual(), (3, 27, 35)),
-        "linear alone": (mlp, (3, 8, 8)),
-    }
 
 
 # ---- the integers --------------------------------------------------------------------------------
@@ -88,16 +37,16 @@ def foreign() -> dict[str, tuple[nn.Module, tuple]]:
 @pytest.mark.parametrize("zeros", [0.0, 0.85])
 def test_shipped_networks_equal_exact_integers(library, zeros):
     for name in NETWORKS:
-        graph, _ = shipped(name)
+        graph = deployed_network(name)
         checkpoint, image = random_checkpoint(graph, zeros=zeros), random_images(graph, 1)[0]
         for storage in ("fastest", "balanced", "sparse"):
             plan = planned(checkpoint, storage)
             assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
 
-@pytest.mark.parametrize("name", foreign())
+@pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_networks_equal_exact_integers(library, name):
-    graph = graph_of(*foreign()[name])
+    graph = deployed_network(name)
     for zeros, clamped, storage in (
         (0.0, False, "dense"),
         (0.8, True, "fastest"),
@@ -110,7 +59,7 @@ def test_foreign_networks_equal_exact_integers(library, name):
 
 
 def test_generated_file_equals_exact_integers_on_many_images():
-    graph, _ = shipped("resnet8")
+    graph = deployed_network("resnet8")
     checkpoint = random_checkpoint(graph)
     noise, levels = random_images(graph, 20), torch.linspace(-100, 100, 20)
     images = (0.2 * noise + levels.view(20, 1, 1, 1)).to(torch.int8)  # of other brightness
@@ -134,7 +83,7 @@ def test_the_headline_network_equals_torchs_kernels():
 def test_resnet8_keeps_two_maps_and_the_scratch():
     """The addition happens in place, so that the second stack takes most: one map of 32 x 32 x 16 and
     two of 16 x 16 x 32 and Winograd's tiles of 32 channels."""
-    plan = planned(random_checkpoint(shipped("resnet8")[0]), "dense")
+    plan = planned(random_checkpoint(deployed_network("resnet8")), "dense")
     second = next(step for step in plan.steps if step.node == "stack1.second.conv")
     assert second.output != "stack1.second.conv"  # it took the addition along
     assert plan.offsets[second.output] == plan.offsets[second.inputs[1]]
@@ -144,14 +93,14 @@ def test_resnet8_keeps_two_maps_and_the_scratch():
 
 def test_the_first_network_runs_in_place():
     """Every convolution over its input; the largest use is the third one's, of 8 x 8 x 64 values."""
-    plan = planned(random_checkpoint(shipped("edgecnn")[0]), "dense")
+    plan = planned(random_checkpoint(deployed_network("edgecnn")), "dense")
     assert {plan.offsets[step.output] for step in plan.steps[:-1]} == {0}
     assert plan.arena_bytes == 8 * 8 * 64 + (16 * 2 * 4 + 32) * 64 * 2 + 64
 
 
 def test_nothing_in_use_overlaps():
     for name in NETWORKS:
-        graph, _ = shipped(name)
+        graph = deployed_network(name)
         plan = planned(random_checkpoint(graph))
         last = {name: at for at, s in enumerate(plan.steps) for name in (*s.inputs, s.output)}
         first = {step.output: at for at, step in enumerate(plan.steps)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from deploying import random_checkpoint, random_images, shipped
+from deploying import deployed_network, random_checkpoint, random_images
 
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, cortex_m
@@ -27,7 +27,7 @@ def committed(name: str) -> dict:
 
 def random_network(name: str) -> tuple[dict, torch.Tensor]:
     """(random checkpoint, images) of a shipped network."""
-    graph, _ = shipped(name)
+    graph = deployed_network(name)
     return random_checkpoint(graph), random_images(graph, 2)
 
 

@@ -3,13 +3,14 @@
 import functools
 
 import pytest
-from deploying import shipped
+from foreign_networks import captured
 from narrow import GRAPHS, conv, graph_of, linear, max_pool, quantized, read_out
 
 from edgecnn.deploy import ethos_u
 from edgecnn.deploy.tflite import operators, write_tflite
 from edgecnn.errors import UserError
 from edgecnn.quantized import with_zeros
+from edgecnn.rewrite import deployed
 
 # A residual block behind a stride that TFLite's SAME is not, then a wide layer of 26 kB.
 RESIDUAL = graph_of(
@@ -53,7 +54,7 @@ def test_resnet8_with_its_pads_costs_on_the_npu_what_the_published_one_does():
 
     201,747 cycles: MLPerf Tiny's file through the same Vela. Random weights hardly compress.
     """
-    data = write_tflite(quantized(*shipped("resnet8")), "net")
+    data = write_tflite(quantized(*deployed(*captured("resnet8"))), "net")
     assert operators(data).count("PAD") == 2
     found = ethos_u.npu_cost(data)
     assert found[f"{NPU}operators_on_npu_percent"] == 100
