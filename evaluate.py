@@ -66,7 +66,7 @@ def layer_rows(path: Path) -> list[dict]:
         rows.append(
             {
                 "variant": path.stem,
-                "layer": layer.name.removesuffix(".conv"),
+                "layer": layer.name,
                 "parameters": layer.parameters,
                 "zeros_percent": round(layer.zeros_percent, 3),
                 "stored_bytes": priced.stored_bytes,
