@@ -252,7 +252,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         state = read_torch(path, check)
     except ValueError as error:
-        raise UserError(f"{path} is no state_dict that torch.save wrote ({error})") from None
+        raise UserError(
+            f"{path} is no state_dict ({error}); write one with torch.save(model.state_dict(), FILE)"
+        ) from None
     problem = misfit(state, expected)
     if problem:
         raise UserError(f"{path} does not fit the network: {problem}")

@@ -10,7 +10,7 @@ import foreign_networks
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
+from conftest import fails, run_main
 from foreign_networks import FOREIGN
 from PIL import Image
 
@@ -185,3 +185,35 @@ def test_all_seven_steps_take_a_network_that_nobody_here_wrote_for_this(
     capsys.readouterr()
     run_main("evaluate", "--run", "mine", "--budget", "board=stm32f405", "accuracy=20")
     assert "Best: " in capsys.readouterr().out
+
+
+# ---- smaller things that an owner runs into --------------------------------------------------------
+
+
+def test_given_weights_say_how_well_they_know_the_pictures(workdir, capsys):
+    own = ("--network", "nets.py:LinearOnly", "--data", write_data("npz", (1, 8, 8)))
+    shutil.copy(foreign_networks.__file__, "nets.py")
+    torch.manual_seed(0)
+    network = foreign_networks.LinearOnly()
+    torch.save(network.state_dict(), "mine.pt")
+    torch.save(network, "whole.pt")
+    run_main("train_baseline", *own, "--run", "given", "--weights", "mine.pt")
+    assert "% of 96 training pictures" in capsys.readouterr().out
+    stored = load_checkpoint(Path("checkpoints/given/baseline_fp32.pt"))["tensors"]
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in stored.items())
+    run_main("train_baseline", *own, "--run", "few", "--epochs", 2)
+    assert "note: 2 steps in all are few" in capsys.readouterr().out
+    said = fails(capsys, workdir, "train_baseline", *own, "--run", "no", "--weights", "whole.pt")
+    assert "torch.save(model.state_dict(), FILE)" in said
+
+
+def test_a_run_of_ones_own_may_hold_images_out(workdir, capsys):
+    own = ("--network", "nets.py:LinearOnly", "--data", write_data("npz", (1, 8, 8)))
+    shutil.copy(foreign_networks.__file__, "nets.py")
+    run_main("train_baseline", *own, "--run", "mine", "--epochs", 1, "--holdout")
+    run_main("evaluate", "--run", "mine", "--holdout")
+    (row,) = json.loads(Path("results/mine/metrics.json").read_text())
+    assert row["test_set"] == "validation split" and row["test_images"] == 4 * 2
+    assert "made with holdout True" in fails(
+        capsys, workdir, "train_baseline", *own, "--run", "mine", "--epochs", 1
+    )
