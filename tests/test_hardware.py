@@ -189,7 +189,7 @@ def test_committed_break_even_meets_the_bars():
     assert sparse == sorted(sparse, reverse=True)  # more zeros, less work
     by_zeros = {round(row["zeros_percent"]): row for row in rows}
     assert by_zeros[90]["m4_sparse_instructions"] <= HEADLINE
-    assert by_zeros[90]["m4_sparse_flash_bytes"] <= 135_000
+    assert by_zeros[90]["m4_sparse_flash_bytes"] <= 140_000  # kernels of any graph included
 
 
 def test_committed_artifacts_agree_with_pytorch_on_every_test_image(committed):
