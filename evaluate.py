@@ -1,6 +1,6 @@
-"""Step 4: the tables: accuracy on the 10,000 test images, bytes, MACs, energy of every variant.
+"""Step 4: the tables: accuracy on the test images, bytes, MACs, energy of every variant.
 
-Reads   checkpoints/*.pt (or the files given), data/ (the CIFAR-10 test set), results/hardware.json
+Reads   checkpoints/*.pt (or the files given), the test images, results/hardware.json
 Writes  results/metrics.json (with hardware.json's figures of the very same checkpoints)
         results/table.md (the short tables)  results/table_all.md (every variant)
         results/layers.json (where weights, MACs and energy sit in each)
@@ -66,7 +66,7 @@ def layer_rows(path: Path) -> list[dict]:
         rows.append(
             {
                 "variant": path.stem,
-                "layer": layer.name.removesuffix(".conv"),
+                "layer": layer.name,
                 "parameters": layer.parameters,
                 "zeros_percent": round(layer.zeros_percent, 3),
                 "stored_bytes": priced.stored_bytes,
@@ -179,7 +179,8 @@ def parse_arguments():
     parser.add_argument(
         "--holdout",
         action="store_true",
-        help="the 5,000 validation images instead of the test set, in the folders named holdout/",
+        help="the validation images instead of the test set, in the folders named holdout/ unless "
+        "--run names them",
     )
     parser.add_argument(
         "--device",

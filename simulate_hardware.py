@@ -206,7 +206,8 @@ def main():
         rows = break_even(paths[0], images, args.accelerator)
     for path in [] if args.break_even else paths:
         rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
-        print(f"{path.stem}: {rows[-1].get('m4_instructions', 0) / 1e6:.2f} M instructions")
+        if "m4_instructions" in rows[-1]:
+            print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
     step.commit({step.outputs[0]: json_bytes(rows)})
     print(f"wrote {step.outputs[0]}")
 

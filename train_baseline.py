@@ -22,7 +22,7 @@ from edgecnn.capture import capture, check_classes
 from edgecnn.checkpoint import provenance, save_variant
 from edgecnn.cli import Parser, add_data_arguments, data_source, parse_training_arguments, run_name
 from edgecnn.data import describe as describe_data
-from edgecnn.data import load_training
+from edgecnn.data import kind_of, load_training
 from edgecnn.describe import describe
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
@@ -30,10 +30,20 @@ from edgecnn.names import variant_name
 from edgecnn.networks import NETWORKS, default_input_shape, load_network, load_weights
 from edgecnn.rewrite import pool_before_relu
 from edgecnn.step import Step, variant_step
-from edgecnn.train import BASELINE_RECIPE, DECISIVE, Recipe, environment, fit, pick_device
+from edgecnn.train import (
+    BASELINE_RECIPE,
+    DECISIVE,
+    Recipe,
+    accuracy_percent,
+    environment,
+    fit,
+    pick_device,
+)
 
 # Only the number of epochs differs; 30 were tried (benchmarks/ablation.py), 60 were not.
 HEADLINE_RECIPE = BASELINE_RECIPE | {"epochs": 60}
+FEW_STEPS = 200  # below which a training gets a note
+GIVEN_IMAGES = 2000  # about so many tell how well --weights fit
 NETWORK = ("network", "data", "input_size", "augment")  # decisive arguments of this step alone
 
 
@@ -76,6 +86,21 @@ def baseline_step(args, run: str) -> Step:
     return variant_step(run, name, "train_baseline.py", arguments, parents, args.force)
 
 
+def note_few_steps(args, images: int) -> None:
+    """Say where the recipe, drawn for 50,000 images, leaves a small data set all but untrained."""
+    steps = args.epochs * max(1, images // args.batch_size)
+    if steps < FEW_STEPS and not args.smoke:
+        print(f"note: {steps} steps in all are few; give a smaller --batch-size or more --epochs")
+
+
+def note_given(args, model, train, dataset, device) -> None:
+    """Say how well given weights know these pictures: badly where theirs had another mean or scale."""
+    every = max(1, len(train[1]) // GIVEN_IMAGES)
+    part = train[0][::every], train[1][::every]
+    percent = accuracy_percent(model.to(device), part, dataset, device)
+    print(f"{args.weights}: right on {percent:.2f} % of {len(part[1]):,} training pictures")
+
+
 @user_errors_exit_2
 def main():
     args = parse_arguments()
@@ -83,15 +108,21 @@ def main():
     step = baseline_step(args, run)
     if step.kept():
         return
-    shape = args.input_size and tuple(args.input_size) or default_input_shape(args.network)
-    source, augment = data_source(args), args.augment
-    dataset, train, validation = load_training(source, args.data_dir, shape, args.holdout, augment)
+    source, augment, shape = data_source(args), args.augment, args.input_size
+    if shape is None and kind_of(source) != "npz":  # which has a size of its own
+        shape = default_input_shape(args.network)
+    dataset, train, validation = load_training(
+        source, args.data_dir, shape and tuple(shape), args.holdout, augment
+    )
     graph, tensors = captured(args, dataset)
     print(f"{describe_data(dataset, train, validation)}\n\n{describe(graph)}\n")
 
     model = module_of(graph, tensors)
     recipe, history = Recipe.from_arguments(args, f"weights of {args.network}"), []
-    if not args.weights:
+    if args.weights:
+        note_given(args, model, train, dataset, device)
+    else:
+        note_few_steps(args, len(train[1]))
         parts = (validation, step.resume_path, step.code)
         history = fit(model, train, dataset, recipe, device, *parts)
 

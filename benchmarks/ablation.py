@@ -22,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from edgecnn.capture import capture
 from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, data_source, seed
 from edgecnn.data import load_training
+from edgecnn.dataset import CIFAR10
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_record, write_text
+from edgecnn.module import module_of
 from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.networks import EdgeCNN
 from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
@@ -79,7 +82,7 @@ TRIALS = {
 }
 
 
-def moving_average(model: EdgeCNN, decay: float) -> AveragedModel:
+def moving_average(model: torch.nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of weights and BN statistics, from the first update on."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
@@ -89,12 +92,17 @@ def name_of(trial: str, seed: int) -> str:
     return f"{trial}_seed{seed}" if seed else trial
 
 
-def load_trial(name: str, seed: int, run: str) -> EdgeCNN:
+def network() -> torch.nn.Module:
+    """The first network with random weights, as every step trains it."""
+    return module_of(*capture(EdgeCNN(), CIFAR10.shape))
+
+
+def load_trial(name: str, seed: int, run: str) -> torch.nn.Module:
     """The network that a trial left; raises UserError where it is missing."""
     path = checkpoints_dir(run) / f"{name_of(name, seed)}.pt"
     if not path.exists():
         raise UserError(f"{path} is missing; make it with: benchmarks/ablation.py {name} --force")
-    model = EdgeCNN()
+    model = network()
     try:
         model.load_state_dict(read_torch(path))
     except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -135,7 +143,7 @@ def trial_step(name: str, trial: Trial, seed: int, run: str, force: bool) -> Ste
 def run_trial(step: Step, name: str, trial: Trial, seed: int, run: str, data, device) -> None:
     """Train a row; write its weights and its JSON."""
     torch.manual_seed(seed)
-    model = load_trial(trial.parent, seed, run) if trial.parent else EdgeCNN()
+    model = load_trial(trial.parent, seed, run) if trial.parent else network()
     teacher = load_trial(TEACHER, seed, run).eval() if trial.distillation else None
     history, averaged = train_trial(model, teacher, trial, seed, data, device)
     result = {

@@ -1,7 +1,7 @@
 """How fast and how right mac_hooks.py counts, beside other counters of MACs.
 
 Reads   nothing
-Writes  results/mac_counters.json
+Writes  results/mac_counters.json  results/mac_counters.md
 
     pip install fvcore ptflops thop torchinfo     # the peers; those not installed are left out
     python benchmarks/mac_counters.py             # about 10 minutes on two cores
@@ -40,10 +40,11 @@ from torchvision import models
 from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, run_name
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.files import require_writable, write_json
+from edgecnn.files import require_writable, write_json, write_text
 from edgecnn.names import results_dir
+from edgecnn.tables import markdown_table
 from edgecnn.train import environment
-from mac_hooks import aligned, count_macs
+from mac_hooks import count_macs
 
 ROUNDS = 9
 TIMED = ("resnet50", "vit_b_16", "mobilenet_v3_large")
@@ -228,14 +229,30 @@ def figures(names: list[str], chosen: dict[str, Callable]) -> list[dict]:
     return rows
 
 
-def printed(rows: list[dict], key: str, column: str, value: Callable[[dict], str]) -> str:
-    """Rows as a table: a line for each `key`, a column for each `column`."""
-    columns = list(dict.fromkeys(row[column] for row in rows))
+def table(rows: list[dict], title: str, key: str, value: Callable[[dict], str]) -> str:
+    """Rows as a Markdown table: a line for each `key`, a column for each counter but the forward."""
+    rows = [row for row in rows if row["counter"] != "plain_forward"]
+    columns = list(dict.fromkeys(row["counter"] for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(row[key], {})[row[column]] = value(row)
-    lines = [[name, *(line.get(c, "") for c in columns)] for name, line in cells.items()]
-    return aligned([[key, *columns], *lines], 1)
+        cells.setdefault(row[key], {})[row["counter"]] = value(row)
+    lines = [[name, *(line.get(c, "-") for c in columns)] for name, line in cells.items()]
+    return markdown_table([title, *columns], lines)
+
+
+def tables(result: dict) -> str:
+    """mac_counters.md: times, then differences from the right figure."""
+    speed = [r | {"model": f"{r['model']}, {r['device']}"} for r in result["speed"]]
+    show = "{cpu_ms:.0f} ({ratio_to_flop_counter_mode:.2f})"
+    times = table(speed, "Processor time, ms", "model", lambda row: show.format(**row))
+    percent = "{difference_percent:+.2f}"
+    differ = table(
+        result["figures"],
+        "Difference, %",
+        "case",
+        lambda row: "failed" if row["error"] else percent.format(**row),
+    )
+    return f"{times}\n\n{differ}\n"
 
 
 @user_errors_exit_2
@@ -271,15 +288,9 @@ def main():
     }
     path = folder / "mac_counters.json"
     write_json(path, result)
-    labelled = [row | {"model": f"{row['model']}, {row['device']}"} for row in speed]
-    print("processor time, ms (times FlopCounterMode's)")
-    show = "{cpu_ms:.0f} ({ratio_to_flop_counter_mode:.2f})"
-    print(printed(labelled, "model", "counter", lambda row: show.format(**row)))
-    print("\ndifference from the right figure, %")
-    percent = "{difference_percent:+.2f}"
-    show_percent = lambda row: "failed" if row["error"] else percent.format(**row)  # noqa: E731
-    print(printed(counted, "case", "counter", show_percent))
-    print(f"wrote {path}")
+    write_text(path.with_suffix(".md"), tables(result))
+    print(tables(result))
+    print(f"wrote {path} and {path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

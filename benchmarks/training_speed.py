@@ -30,11 +30,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from edgecnn.capture import capture
 from edgecnn.cli import Parser, add_run_arguments, run_name
 from edgecnn.data import crop_padding, load_training
 from edgecnn.dataset import CIFAR10
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import write_json
+from edgecnn.module import module_of
 from edgecnn.names import results_dir
 from edgecnn.networks import EdgeCNN
 from edgecnn.step import COMMIT
@@ -83,7 +85,7 @@ def pipeline_images_per_s(data_dir: str, smoke: bool) -> float:
     batch = BASELINE_RECIPE["batch_size"]
     count = min(TIMED_BATCHES * batch, len(labels))
     torch.manual_seed(0)
-    model = EdgeCNN()
+    model = module_of(*capture(EdgeCNN(), CIFAR10.shape))
     warm_up = min(WARM_UP_BATCHES * batch, len(labels))
     fit(model, (images[:warm_up], labels[:warm_up]), CIFAR10, recipe(1), torch.device("cpu"))
     (row,) = fit(model, (images[:count], labels[:count]), CIFAR10, recipe(1), torch.device("cpu"))
@@ -160,7 +162,8 @@ def time_to_target(data_dir: str) -> list[dict]:
     for epochs in SCHEDULES:
         torch.manual_seed(0)
         start = time.perf_counter()
-        history = fit(EdgeCNN(), train, CIFAR10, recipe(epochs), torch.device("cpu"), validation)
+        model = module_of(*capture(EdgeCNN(), CIFAR10.shape))
+        history = fit(model, train, CIFAR10, recipe(epochs), torch.device("cpu"), validation)
         accuracy = history[-1]["validation_accuracy_percent"]
         seconds = time.perf_counter() - start
         tried.append(

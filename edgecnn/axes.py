@@ -54,7 +54,7 @@ def set_cost_axis(panel, costs, label: str) -> None:
         panel.xaxis.set_minor_locator(NullLocator())
         label = label.replace("\n", ", log scale\n")
     else:
-        span = high - low
+        span = high - low or high or 1
         low, high = max(0, low - LEFT * span), high + RIGHT * span
     panel.set_xlim(low, high)
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

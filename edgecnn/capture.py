@@ -105,7 +105,7 @@ def traced(module: nn.Module, example: torch.Tensor):
     """(the module's answer to the example, its exported program); raises UserError."""
     shape = tuple(example.shape[1:])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             answer = module(example.clone())  # which it might overwrite
     except Exception as error:  # whatever the user's code raises
         raise UserError(

@@ -22,6 +22,7 @@ from edgecnn.graph import Graph, from_plain, to_plain
 from edgecnn.module import module_of
 from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name, results_dir
 from edgecnn.packing import pack, unpack
+from edgecnn.records import plain_problem
 from edgecnn.schema import check_header, check_layout, stored_bytes, value_problems
 from edgecnn.step import COMMIT, Step
 from edgecnn.text import is_name, one_line
@@ -153,6 +154,10 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
         if not isinstance(found, str) or found != FORMAT:
             raise UserError(f"{path} is not a checkpoint of this project; {READS}")
+        others = {key: value for key, value in checkpoint.items() if key != "tensors"}
+        problem = plain_problem(others)
+        if problem:
+            raise UserError(f"{path}: besides its tensors, {problem}; {again}")
         version = checkpoint.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(

@@ -176,7 +176,8 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
     parser.add_argument(
         "--holdout",
         action="store_true",
-        help="train on 45,000 images and report on the other 5,000, in the folders named holdout/",
+        help="train on nine tenths of each class's images and report on the others, in the folders "
+        "named holdout/ unless --run names them",
     )
     parser.add_argument(
         "--device",
@@ -197,11 +198,11 @@ def run_name(args: argparse.Namespace) -> str:
     """The folder name that the arguments ask for, below checkpoints/ and results/.
 
     Without --run, --smoke or --holdout a --checkpoint keeps its children in its own run's folder.
-    Raises UserError when two of them ask for different folders.
+    Raises UserError when --run and --smoke ask for different folders.
     """
     implied = "smoke" if args.smoke else "holdout" if getattr(args, "holdout", False) else ""
-    if implied and args.run not in ("", implied):
-        raise UserError(f"--run {args.run} and --{implied} ask for different folders; give one")
+    if args.smoke and args.run not in ("", implied):
+        raise UserError(f"--run {args.run} and --smoke ask for different folders; give one")
     checkpoint = getattr(args, "checkpoint", None)
     if checkpoint and not (args.run or implied):
         folder = checkpoint.parent

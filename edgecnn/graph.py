@@ -21,14 +21,18 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 INPUT = "input"
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # torch.nn.Sequential names by number
 NAME_LENGTH = 200
 ACTIVATIONS = ("none", "relu", "relu6")
-# Bounds of what a file may ask for, far above any microcontroller: nodes, values of one tensor.
-MAX_NODES, MAX_SIDE, MAX_VALUES = 2000, 65_536, 2**24
+# Bounds of what a file may ask for, far above any microcontroller: nodes; a side; values of one map
+# and of all weights; values of all maps, and multiplications, of one image.
+MAX_NODES, MAX_SIDE, MAX_VALUES = 1000, 65_536, 2**24
+MAX_ACTIVATIONS, MAX_MACS = 2**26, 2**32
+BATCH_VALUES = 2**28  # activations of the images that are evaluated at once: 1 GiB of float32
 
 Shape = tuple[int, ...]  # of one example: (C, H, W), or (features,) once flat
 
@@ -56,7 +60,7 @@ class Graph:
 
     def __getitem__(self, name: str) -> Node:
         """The node of that name; raises KeyError."""
-        return {node.name: node for node in self.nodes}[name]
+        return self._named[name]
 
     @property
     def output(self) -> str:
@@ -65,7 +69,19 @@ class Graph:
 
     def users(self, name: str) -> list[Node]:
         """The nodes that read what `name` gives, in running order."""
-        return [node for node in self.nodes if name in node.inputs]
+        return self._readers.get(name, [])
+
+    @cached_property
+    def _named(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def _readers(self) -> dict[str, list[Node]]:
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                found.setdefault(name, []).append(node)
+        return found
 
 
 # ---- the operations: shape and tensors -----------------------------------------------------------
@@ -73,6 +89,8 @@ class Graph:
 
 def window_shape(shape: Shape, kernel, stride, padding=(0, 0)) -> tuple[int, int]:
     """(rows, columns) of windows over (C, H, W): floor((n + 2 p - k) / s) + 1 each."""
+    padded = [n + 2 * p for n, p in zip(shape[1:], padding, strict=True)]
+    require(shape[0] * math.prod(padded) <= MAX_VALUES, "its padded input is too large")
     sides = zip(shape[1:], kernel, stride, padding, strict=True)
     return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in sides)
 
@@ -222,6 +240,26 @@ def tensor_shapes(graph: Graph) -> dict[str, Shape]:
     return found
 
 
+def activations_of(graph: Graph) -> int:
+    """The values of all activations of one image, `input` included."""
+    return sum(map(math.prod, shapes_of(graph).values()))
+
+
+def batch_size(graph: Graph, most: int) -> int:
+    """How many images to evaluate at once: at most `most`, and BATCH_VALUES activations."""
+    return max(1, min(most, BATCH_VALUES // activations_of(graph)))
+
+
+def check_work(graph: Graph) -> None:
+    """Raise GraphError where one image would take too much memory or time."""
+    shapes, work = shapes_of(graph), sum(macs_of(graph).values())
+    require(activations_of(graph) <= MAX_ACTIVATIONS, "it has too many activations")
+    for node in graph.nodes:
+        if "kernel" in node.options and node.op not in WEIGHTED:
+            work += math.prod(shapes[node.name]) * math.prod(node.options["kernel"])
+    require(work <= MAX_MACS, f"it takes {work:,} multiplications an image")
+
+
 def macs_of(graph: Graph) -> dict[str, int]:
     """{node name: multiplications of one inference, zeros included} of what owns MACs."""
     shapes, tensors = shapes_of(graph), tensor_shapes(graph)
@@ -268,16 +306,18 @@ def from_plain(plain) -> Graph:
             node.op != "batch_norm" or is_foldable(graph, node),
             f"{node.name} (batch_norm): does not follow a conv or a linear that nothing else reads",
         )
-    tensor_shapes(graph)
+    check_work(graph)
     shape = shapes_of(graph)[graph.output]
     require(len(shape) == 1, f"{graph.output} gives {shape}, not one number a class")
     return graph
 
 
 def is_foldable(graph: Graph, norm: Node) -> bool:
-    """Whether a batch norm follows a conv or a linear that nothing else reads."""
+    """Whether a batch norm follows a conv or a linear, without activation, that nothing else reads."""
     (source,) = norm.inputs
-    return source != INPUT and graph[source].op in WEIGHTED and len(graph.users(source)) == 1
+    if source == INPUT or graph[source].op not in WEIGHTED or len(graph.users(source)) > 1:
+        return False
+    return graph[source].options.get("activation", "none") == "none"
 
 
 def checked_node(node, known: set[str]) -> Node:

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,9 @@ def load_network(text: str, classes: int, input_shape: Shape) -> nn.Module:
     """
     make = NETWORKS[text].make if text in NETWORKS else user_callable(text)
     offered = {"classes": classes, "input_shape": tuple(input_shape)}
-    with user_code(text):
+    with user_code(text), warnings.catch_warnings():
+        # of layers without an element, for an image too small: capture says so in one line
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         taken = inspect.signature(make).parameters
         module = make(**{name: value for name, value in offered.items() if name in taken})
     if not isinstance(module, nn.Module):
@@ -249,7 +252,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         state = read_torch(path, check)
     except ValueError as error:
-        raise UserError(f"{path} is no state_dict that torch.save wrote ({error})") from None
+        raise UserError(
+            f"{path} is no state_dict ({error}); write one with torch.save(model.state_dict(), FILE)"
+        ) from None
     problem = misfit(state, expected)
     if problem:
         raise UserError(f"{path} does not fit the network: {problem}")

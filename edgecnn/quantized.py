@@ -15,11 +15,12 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from edgecnn.errors import UserError
-from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, from_plain
+from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, batch_size, from_plain
 from edgecnn.module import module_of, place
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
+BATCH = 500  # images
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
 # QNNPACK adds inputs of 2^-14 to 2^8 of the output's scale (its own message); half of that is safe.
 MIN_ADD_RATIO, MAX_ADD_RATIO = 2.0**-13, 2.0**7
@@ -233,7 +234,7 @@ class Int8Network(nn.Module):
 
     def __init__(self, graph: Graph, tensors: dict, quantization: dict):
         super().__init__()
-        self._image = quantization["activations"][INPUT]
+        self._graph, self._image = graph, quantization["activations"][INPUT]
         modules = [node_module(node, tensors, quantization) for node in graph.nodes]
         self._steps = list(zip(graph.nodes, modules, strict=True))
         for node, module in self._steps:
@@ -285,12 +286,10 @@ def quantize_images(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def integer_logits(model: Int8Network, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
+def integer_logits(model: Int8Network, images: torch.Tensor) -> torch.Tensor:
     """int8 (N, classes) logits for normalized float images (N, C, H, W)."""
-    logits = model._steps[-1][0].name
-    return torch.cat(
-        [signed(quantized_values(model, part)[logits]) for part in images.split(batch)]
-    )
+    logits, batches = model._graph.output, images.split(batch_size(model._graph, BATCH))
+    return torch.cat([signed(quantized_values(model, part)[logits]) for part in batches])
 
 
 def with_zeros(checkpoint: dict, share: float) -> dict:

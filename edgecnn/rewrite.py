@@ -16,23 +16,6 @@ MONOTONE = ("max_pool", "flatten")  # a ReLU after one of them is the same befor
 FUSE = {"conv": fuse_conv_bn_weights, "linear": fuse_linear_bn_weights}
 
 
-def with_nodes(graph: Graph, changes: dict[str, Node | None], instead: dict[str, str]) -> Graph:
-    """A copy with nodes replaced or dropped (None), and inputs read from other nodes instead."""
-    nodes = [changes.get(node.name, node) for node in graph.nodes]
-    renamed = (
-        replace(node, inputs=tuple(instead.get(name, name) for name in node.inputs))
-        for node in nodes
-        if node is not None
-    )
-    return replace(graph, nodes=tuple(renamed))
-
-
-def without(graph: Graph, node: Node) -> Graph:
-    """A copy without a node of one input: its readers read that input."""
-    require(len(graph.nodes) > 1, f"nothing is left without {node.name}")
-    return with_nodes(graph, {node.name: None}, {node.name: node.inputs[0]})
-
-
 def pool_before_relu(graph: Graph) -> Graph:
     """Max-pools before the ReLUs they read: the same values, on fewer elements.
 
@@ -43,9 +26,10 @@ def pool_before_relu(graph: Graph) -> Graph:
         while relu.op in RELUS and [node.op for node in readers] == ["max_pool"]:
             (pool,) = readers
             (source,) = graph[relu.name].inputs
-            graph = with_nodes(graph, {}, {pool.name: relu.name})
             moved, nodes = replace(relu, inputs=(pool.name,)), []
             for node in graph.nodes:
+                inputs = tuple(relu.name if name == pool.name else name for name in node.inputs)
+                node = replace(node, inputs=inputs)
                 if node.name == pool.name:
                     nodes += [replace(node, inputs=(source,)), moved]
                 elif node.name != relu.name:
@@ -70,18 +54,24 @@ def deployed_graph(graph: Graph) -> Graph:
     flatten; and a relu or relu6 where something else reads what it reads. A deployed graph stays as
     it is. Raises GraphError where a batch norm cannot be folded.
     """
+    return fused(replace(graph, nodes=tuple(map(with_bias_and_activation, kept_nodes(graph)))))
+
+
+def kept_nodes(graph: Graph) -> list[Node]:
+    """The nodes without batch norm and dropout; their readers read what those read."""
+    instead: dict[str, str] = {}
+    kept = []
     for node in graph.nodes:
+        inputs = tuple(instead.get(name, name) for name in node.inputs)
         if node.op == "batch_norm":
-            require(
-                is_foldable(graph, node), f"{node.name} (batch_norm): follows no conv or linear"
-            )
+            foldable = is_foldable(graph, node)
+            require(foldable, f"{node.name} (batch_norm): follows no conv or linear")
         if node.op in ("batch_norm", "dropout"):
-            graph = without(graph, graph[node.name])
-    graph = replace(graph, nodes=tuple(map(with_bias_and_activation, graph.nodes)))
-    for node in graph.nodes:
-        if node.op in RELUS:
-            graph = fuse_relu(graph, graph[node.name])
-    return graph
+            instead[node.name] = inputs[0]
+        else:
+            kept.append(replace(node, inputs=inputs))
+    require(bool(kept), "nothing but batch norm and dropout")
+    return kept
 
 
 def with_bias_and_activation(node: Node) -> Node:
@@ -90,20 +80,29 @@ def with_bias_and_activation(node: Node) -> Node:
     return replace(node, options=options | ({"bias": 1} if node.op in WEIGHTED else {}))
 
 
-def fuse_relu(graph: Graph, relu: Node) -> Graph:
-    """A copy in which a ReLU is the activation of what it follows; the same graph if it cannot be."""
-    source = relu.inputs[0]
-    while source != INPUT and len(graph.users(source)) == 1:
-        producer = graph[source]
-        if producer.op in ACTIVATED:
-            both = {producer.options["activation"], relu.op}
+def fused(graph: Graph) -> Graph:
+    """A copy in which each ReLU is part of what it follows, where nothing else reads that."""
+    nodes: dict[str, Node] = {}
+    producers: dict[str, str] = {}  # value -> the one before it that an activation may be part of
+    readers = {name: len(graph.users(name)) for name in (INPUT, *(n.name for n in graph.nodes))}
+    instead: dict[str, str] = {}
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(instead.get(name, name) for name in node.inputs))
+        source = node.inputs[0]
+        producer = producers.get(source) if readers[source] == 1 else None
+        if node.op in RELUS and producer is not None:
+            before = nodes[producer]
+            both = {before.options["activation"], node.op}
             activation = "relu6" if "relu6" in both else "relu"
-            fused = replace(producer, options=producer.options | {"activation": activation})
-            return without(with_nodes(graph, {source: fused}, {}), relu)
-        if producer.op not in MONOTONE:
-            break
-        source = producer.inputs[0]
-    return graph
+            nodes[producer] = replace(before, options=before.options | {"activation": activation})
+            instead[node.name], readers[source] = source, readers[node.name]
+            continue
+        nodes[node.name] = node
+        if node.op in ACTIVATED:
+            producers[node.name] = node.name
+        elif node.op in MONOTONE and producer is not None:
+            producers[node.name] = producer
+    return replace(graph, nodes=tuple(nodes.values()))
 
 
 def folded_tensors(graph: Graph, tensors: Tensors) -> Tensors:

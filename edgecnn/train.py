@@ -16,6 +16,7 @@ from tqdm import tqdm
 from edgecnn.data import augmented_batches, crop_padding, normalize, pad_reflect
 from edgecnn.dataset import DataSet
 from edgecnn.errors import UserError
+from edgecnn.graph import batch_size
 from edgecnn.split import Split
 from edgecnn.torch_files import read_torch, write_torch
 
@@ -86,7 +87,7 @@ def predict(model: nn.Module, images: torch.Tensor, dataset: DataSet, device="cp
     """Predicted classes, int64 (N,), of uint8 (N, C, H, W) images, in evaluation mode."""
     keep_freed_memory()
     model.eval()
-    batches = images.split(EVALUATION_BATCH)
+    batches = images.split(batch_size(model._graph, EVALUATION_BATCH))
     batches = (normalize(batch.to(device), dataset) for batch in batches)
     return torch.cat([model(batch).argmax(1).cpu() for batch in batches])
 

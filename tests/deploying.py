@@ -4,6 +4,7 @@ import ctypes
 
 import numpy as np
 import torch
+from foreign_networks import captured
 
 from edgecnn.deploy import c_source
 from edgecnn.deploy.integer import exact_values
@@ -17,6 +18,7 @@ from edgecnn.graph import (
     tensor_shapes,
     to_plain,
 )
+from edgecnn.rewrite import deployed_graph
 
 GUARD, FILL = 64, 0xA5  # bytes behind the arena that no kernel may touch
 
@@ -84,6 +86,11 @@ def conv(
     return Node(
         name, "conv", (source,), options | {"padding": list(padding), "groups": groups, **more}
     )
+
+
+def deployed_network(name: str) -> Graph:
+    """The deployed graph of a shipped or foreign network."""
+    return deployed_graph(captured(name)[0])
 
 
 def ended(input_shape, *nodes: Node) -> Graph:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
-from edgecnn.checkpoint import load_checkpoint
 from edgecnn.errors import UserError
 from edgecnn.files import atomic_path
 from edgecnn.train import Recipe
 
 FOLDER = "checkpoints/smoke"
+PACKED = ("tensors", "fc1.weight", "coded")
 
 
 class Exploit:
@@ -78,44 +78,44 @@ def test_a_pickle_with_code_is_refused_and_never_executed(copy, capsys, writer):
     assert not (copy / "executed").exists()
 
 
+def put(*keys):
+    """A function that puts the last of `keys` where those before lead in a checkpoint."""
+    *path, last, value = keys
+
+    def spoil(checkpoint):
+        for key in path:
+            checkpoint = checkpoint[key]
+        checkpoint[last] = value
+
+    return spoil
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "spoil", "message"),
     [
-        ({"format": "other"}, "not a checkpoint of this project"),
-        ({"format_version": 99}, "format version 99"),
-        ({"architecture": "resnet8"}, "architecture resnet8"),
+        ("baseline_fp32", put("format", "other"), "not a checkpoint of this project"),
+        ("baseline_fp32", put("format_version", 99), "format version 99"),
+        *[
+            ("baseline_fp32", lambda c, key=key: c.pop(key), f"it lacks `{key}`")
+            for key in ("graph", "data", "precision", "tensors", "provenance")
+        ],
+        ("baseline_fp32", lambda c: c["provenance"].pop("method"), "provenance lacks method"),
+        ("baseline_fp32", put("precision", "fp16"), "fp16"),
+        ("baseline_fp32", put("tensors", "fc1.weight", torch.zeros(3, 3)), "do not fit"),
+        ("baseline_fp32", put("tensors", "fc2.bias", torch.full((10,), torch.nan)), "not finite"),
+        ("pruned_50_fp32", put(*PACKED, torch.zeros(100, dtype=torch.uint8)), "damaged weight"),
+        ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
+        ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
+        ("baseline_int8", lambda c: c["quantization"]["weights"].pop("fc1"), "weight scales"),
+        ("baseline_int8", put("quantization", "engine", "future"), "no engine future"),
     ],
 )
-def test_other_format_version_or_architecture(copy, capsys, change, message):
-    path = copy / FOLDER / "baseline_fp32.pt"
-    torch.save({**torch.load(path, weights_only=True), **change}, path)
-    assert message in fails(capsys, copy, "quantize", "--smoke")
-
-
-@pytest.mark.parametrize("key", ["architecture", "precision", "tensors", "provenance"])
-def test_checkpoint_without_a_needed_key(copy, capsys, key):
-    path = copy / FOLDER / "baseline_fp32.pt"
+def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
+    path = copy / FOLDER / f"{name}.pt"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint[key]
+    spoil(checkpoint)
     torch.save(checkpoint, path)
-    assert key in fails(capsys, copy, "quantize", "--smoke")
-
-
-def test_tensors_of_another_shape(copy, capsys):
-    path = copy / FOLDER / "baseline_fp32.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["tensors"]["fc1.weight"] = torch.zeros(3, 3)
-    torch.save(checkpoint, path)
-    assert "do not fit" in fails(capsys, copy, "prune_finetune", "--smoke")
-
-
-def test_damaged_packed_weight(copy):
-    path = copy / FOLDER / "pruned_50_fp32.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["tensors"]["fc1.weight"]["coded"] = torch.zeros(100, dtype=torch.uint8)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="damaged weight"):
-        load_checkpoint(path)
+    assert message in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 @pytest.mark.parametrize("script", ["quantize", "prune_finetune"])
@@ -156,17 +156,93 @@ def test_arguments_out_of_range(workdir, capsys, script, arguments, message):
     assert message in fails(capsys, workdir, script, *arguments)
 
 
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, part=None, features=4 * 32 * 32, outputs=10):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.part = part or nn.Identity()
+        self.fc = nn.Linear(features, outputs)
+
+    def middle(self, x):
+        return self.part(x)
+
+    def forward(self, x):
+        return self.fc(self.middle(self.conv(x)).flatten(1))
+
+class LSTM(Net):
+    def middle(self, x):
+        return self.part(x.flatten(1, 2))[0]
+
+class Concat(Net):
+    def middle(self, x):
+        return torch.cat([x, x], 1)
+
+class Decides(Net):
+    def middle(self, x):
+        return x if x.sum() > 0 else -x
+
+def silu():
+    return Net(nn.SiLU())
+
+def transposed():
+    return Net(nn.ConvTranspose2d(4, 4, 1))
+
+def lstm():
+    return LSTM(nn.LSTM(32, 32, batch_first=True))
+
+def concat():
+    return Concat(features=8 * 32 * 32)
+
+def dilated():
+    return Net(nn.Conv2d(4, 4, 3, padding=2, dilation=2))
+
+def seven():
+    return Net(outputs=7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--network", "nets.py:silu"), "part = SiLU(): it runs silu, which is not supported"),
+        (("--network", "nets.py:transposed"), "part = ConvTranspose2d(4, 4"),
+        (("--network", "nets.py:lstm"), "part = LSTM(32, 32"),
+        (("--network", "nets.py:concat"), "(Concat), nets.py line 16: it runs cat"),
+        (("--network", "nets.py:dilated"), "dilation (2, 2) is not supported"),
+        (("--network", "nets.py:Decides"), "must not decide by the values of its input"),
+        (("--network", "nets.py:seven"), "7 outputs, the data have 10 classes"),
+        (("--network", "nets.py:Absent"), "nets.py defines no Absent; it defines Net, LSTM"),
+        (("--network", "resnet9"), "no network of that name; give edgecnn, resnet8"),
+        (("--input-size", 3, 4, 4), "cannot take an image of (3, 4, 4): block3.pool = MaxPool2d"),
+        (("--weights", "foreign.pt"), "foreign.pt does not fit the network: it lacks block1.conv"),
+        (("--network", "resnet8", "--weights", "gone.pt"), "gone.pt is missing; --weights takes"),
+        (("--data", "photos"), "one class only, cat"),
+        (("--data", "photos", "--data-dir", "photos"), "photos holds test, and is for this"),
+    ],
+)
+def test_what_cannot_be_trained_ends_before_training(
+    workdir, tmp_path_factory, capsys, recwarn, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("train_baseline.fit", lambda *_: pytest.fail("trained"))
+    nets = tmp_path_factory.mktemp("nets") / "nets.py"  # elsewhere: Python may cache it there
+    nets.write_text(NETS)
+    arguments = [str(word).replace("nets.py", str(nets)) for word in arguments]
+    torch.save({"fc.weight": torch.zeros(2, 2)}, "foreign.pt")
+    for split in ("train", "test"):
+        (workdir / f"photos/{split}/cat").mkdir(parents=True)
+        (workdir / f"photos/{split}/cat/1.png").write_text("no picture")
+    sample = () if "--data" in arguments else ("--smoke",)
+    assert message in fails(capsys, workdir, "train_baseline", *sample, *arguments)
+    assert not recwarn.list  # they would stand above the one line
+
+
 def test_cuda_where_there_is_none(workdir, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cpu" in fails(capsys, workdir, "train_baseline", "--smoke", "--device", "cuda")
-
-
-def test_engine_that_this_torch_lacks(copy, capsys, monkeypatch):
-    path = copy / FOLDER / "baseline_int8.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["quantization"]["engine"] = "future"
-    torch.save(checkpoint, path)
-    assert "no engine future" in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 def test_resume_with_other_arguments_is_refused(copy, capsys):
@@ -273,25 +349,6 @@ def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, cap
         ("prune_finetune", ("--checkpoint", path)),
     ):
         assert "validation images" in fails(capsys, copy, script, "--holdout", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil", "message"),
-    [
-        ("baseline_fp32", lambda c: c["provenance"].pop("method"), "provenance lacks method"),
-        ("baseline_fp32", lambda c: c.update(precision="fp16"), "fp16"),
-        ("baseline_int8", lambda c: c.pop("quantization"), "quantization"),
-        ("baseline_int8", lambda c: c["tensors"].pop("fc2.bias"), "fc2.bias"),
-        ("baseline_int8", lambda c: c["quantization"]["layers"].pop("fc1"), "fc1"),
-        ("baseline_fp32", lambda c: c["tensors"]["fc2.bias"].fill_(torch.nan), "not finite"),
-    ],
-)
-def test_incomplete_or_spoiled_checkpoints(copy, capsys, name, spoil, message):
-    path = copy / FOLDER / f"{name}.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    spoil(checkpoint)
-    torch.save(checkpoint, path)
-    assert message in fails(capsys, copy, "evaluate", "--smoke", path)
 
 
 def test_unknown_variant_names_are_welcome(copy, capsys):

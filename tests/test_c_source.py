@@ -7,19 +7,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from deploying import conv, differing_step, ended, random_checkpoint, random_images
-from torch import nn
+from deploying import (
+    conv,
+    deployed_network,
+    differing_step,
+    ended,
+    random_checkpoint,
+    random_images,
+)
+from foreign_networks import FOREIGN
 
-from edgecnn.capture import capture
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, kernels
 from edgecnn.deploy.integer import exact_logits, exact_values
 from edgecnn.deploy.plan import arrange, clash, planned
 from edgecnn.errors import UserError
-from edgecnn.graph import INPUT, Graph, Node
+from edgecnn.graph import INPUT, Node
 from edgecnn.networks import NETWORKS
-from edgecnn.rewrite import deployed
-from edgecnn.upgrade import upgraded_int8
 
 
 @pytest.fixture(scope="module")
@@ -27,85 +31,22 @@ def library(tmp_path_factory):
     return c_source.compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
 
 
-def graph_of(module: nn.Module, shape) -> Graph:
-    return deployed(*capture(module.eval(), shape))[0]
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return {
-        name: graph_of(one.make(one.classes, one.input_shape), one.input_shape)
-        for name, one in NETWORKS.items()
-    }
-
-
-class Bottleneck(nn.Module):
-    """MobileNetV2's block."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        wide = 3 * inputs
-        self.expand = nn.Sequential(nn.Conv2d(inputs, wide, 1), nn.ReLU6())
-        depthwise = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide)
-        self.project = nn.Sequential(depthwise, nn.ReLU6(), nn.Conv2d(wide, outputs, 1))
-        self.same = stride == 1 and inputs == outputs
-
-    def forward(self, x):
-        y = self.project(self.expand(x))
-        return x + y if self.same else y
-
-
-class OddResidual(nn.Module):
-    """Odd sizes, a 1x1 shortcut that runs before the main branch, and one that runs behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.down, self.main = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, padding=1)
-        self.shortcut, self.last = nn.Conv2d(8, 12, 1, 2), nn.Conv2d(12, 12, 3, padding=1)
-        self.fc = nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = torch.relu(self.shortcut(x) + self.main(torch.relu(self.down(x))))
-        return self.fc(torch.relu(self.last(x) + x).mean((2, 3)))
-
-
-def foreign() -> dict[str, tuple[nn.Module, tuple]]:
-    """Networks that no kernel was written for."""
-    lenet = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2))
-    lenet.extend([nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
-    lenet.extend([nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 10)])
-    vgg = nn.Sequential(nn.Conv2d(3, 10, 5, padding=2), nn.ReLU(), nn.Conv2d(10, 12, 5, padding=2))
-    vgg.extend([nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU()])
-    vgg.extend([nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(400, 9)])
-    wide = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), Bottleneck(8, 8, 1))
-    wide.extend([Bottleneck(8, 12, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)])
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.ReLU(), nn.Linear(50, 7))
-    return {
-        "lenet": (lenet, (1, 28, 28)),
-        "vgg 5x5": (vgg, (3, 20, 20)),
-        "mobilenet v2": (wide, (3, 24, 24)),
-        "odd residual": (OddResidual(), (3, 27, 35)),
-        "linear alone": (mlp, (3, 8, 8)),
-    }
-
-
 # ---- the integers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.85])
-def test_shipped_networks_equal_exact_integers(library, shipped, zeros):
-    for name, graph in shipped.items():
+def test_shipped_networks_equal_exact_integers(library, zeros):
+    for name in NETWORKS:
+        graph = deployed_network(name)
         checkpoint, image = random_checkpoint(graph, zeros=zeros), random_images(graph, 1)[0]
         for storage in ("fastest", "balanced", "sparse"):
             plan = planned(checkpoint, storage)
             assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
 
-@pytest.mark.parametrize("name", foreign())
+@pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_networks_equal_exact_integers(library, name):
-    graph = graph_of(*foreign()[name])
+    graph = deployed_network(name)
     for zeros, clamped, storage in (
         (0.0, False, "dense"),
         (0.8, True, "fastest"),
@@ -117,9 +58,10 @@ def test_foreign_networks_equal_exact_integers(library, name):
         assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
 
-def test_generated_file_equals_exact_integers_on_many_images(shipped):
-    checkpoint = random_checkpoint(shipped["resnet8"])
-    noise, levels = random_images(shipped["resnet8"], 20), torch.linspace(-100, 100, 20)
+def test_generated_file_equals_exact_integers_on_many_images():
+    graph = deployed_network("resnet8")
+    checkpoint = random_checkpoint(graph)
+    noise, levels = random_images(graph, 20), torch.linspace(-100, 100, 20)
     images = (0.2 * noise + levels.view(20, 1, 1, 1)).to(torch.int8)  # of other brightness
     logits = c_source.host_logits(checkpoint, images)
     assert torch.equal(logits, exact_logits(checkpoint, images))
@@ -128,7 +70,7 @@ def test_generated_file_equals_exact_integers_on_many_images(shipped):
 
 def test_the_headline_network_equals_torchs_kernels():
     path = REPOSITORY / "checkpoints/headline/pruned_93_energy_int8.pt"
-    checkpoint = upgraded_int8(load_checkpoint(path))
+    checkpoint = load_checkpoint(path)
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = c_source.host_parity(checkpoint, images, ("qnnpack",))
     assert found["exact_integers"]["bit_exact_images"] == 20
@@ -138,10 +80,10 @@ def test_the_headline_network_equals_torchs_kernels():
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_resnet8_keeps_two_maps_and_the_scratch(shipped):
+def test_resnet8_keeps_two_maps_and_the_scratch():
     """The addition happens in place, so that the second stack takes most: one map of 32 x 32 x 16 and
     two of 16 x 16 x 32 and Winograd's tiles of 32 channels."""
-    plan = planned(random_checkpoint(shipped["resnet8"]), "dense")
+    plan = planned(random_checkpoint(deployed_network("resnet8")), "dense")
     second = next(step for step in plan.steps if step.node == "stack1.second.conv")
     assert second.output != "stack1.second.conv"  # it took the addition along
     assert plan.offsets[second.output] == plan.offsets[second.inputs[1]]
@@ -149,15 +91,16 @@ def test_resnet8_keeps_two_maps_and_the_scratch(shipped):
     assert plan.arena_bytes == 32 * 32 * 16 + 2 * 16 * 16 * 32 + winograd
 
 
-def test_the_first_network_runs_in_place(shipped):
+def test_the_first_network_runs_in_place():
     """Every convolution over its input; the largest use is the third one's, of 8 x 8 x 64 values."""
-    plan = planned(random_checkpoint(shipped["edgecnn"]), "dense")
+    plan = planned(random_checkpoint(deployed_network("edgecnn")), "dense")
     assert {plan.offsets[step.output] for step in plan.steps[:-1]} == {0}
     assert plan.arena_bytes == 8 * 8 * 64 + (16 * 2 * 4 + 32) * 64 * 2 + 64
 
 
-def test_nothing_in_use_overlaps(shipped):
-    for graph in shipped.values():
+def test_nothing_in_use_overlaps():
+    for name in NETWORKS:
+        graph = deployed_network(name)
         plan = planned(random_checkpoint(graph))
         last = {name: at for at, s in enumerate(plan.steps) for name in (*s.inputs, s.output)}
         first = {step.output: at for at, step in enumerate(plan.steps)}
@@ -243,16 +186,17 @@ def test_pixels_become_what_torch_quantizes(tiny, tmp_path):
 
 
 def test_exported_folder_compiles_by_itself_and_classifies(tiny, tmp_path):
-    c_source.export_folder(tiny, tmp_path / "c")
-    folder = tmp_path / "c"
-    files = sorted(map(str, folder.glob("*.c")))
-    subprocess.run(["cc", "-O1", *files, "-o", str(tmp_path / "classify")], check=True)
+    texts = c_source.c_files(tiny)
+    assert tuple(sorted(texts)) == tuple(sorted(c_source.C_NAMES))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    subprocess.run("cc *.c", shell=True, cwd=tmp_path, check=True)
     pixels = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8)
     picture = tmp_path / "p.ppm"
     picture.write_bytes(b"P6\n# made here\n5 6\n255\n" + pixels.numpy().tobytes())
 
     def classify(path: Path):
-        command = [str(tmp_path / "classify"), str(path)]
+        command = [str(tmp_path / "a.out"), str(path)]
         return subprocess.run(command, capture_output=True, encoding="utf-8")
 
     done = classify(picture)

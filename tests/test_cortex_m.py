@@ -6,16 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from deploying import random_checkpoint, random_images
+from deploying import deployed_network, random_checkpoint, random_images
 
-from edgecnn.capture import capture
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, cortex_m
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.errors import UserError
-from edgecnn.networks import NETWORKS
-from edgecnn.rewrite import deployed
-from edgecnn.upgrade import upgraded_int8
 
 needs_emulator = pytest.mark.skipif(
     not all(map(shutil.which, (cortex_m.COMPILER, cortex_m.EMULATOR))), reason=cortex_m.INSTALL
@@ -26,14 +22,13 @@ IMAGES = torch.randint(
 
 
 def committed(name: str) -> dict:
-    return upgraded_int8(load_checkpoint(REPOSITORY / "checkpoints" / f"{name}_int8.pt"))
+    return load_checkpoint(REPOSITORY / "checkpoints" / f"{name}_int8.pt")
 
 
-def shipped(name: str, **options) -> tuple[dict, torch.Tensor]:
+def random_network(name: str) -> tuple[dict, torch.Tensor]:
     """(random checkpoint, images) of a shipped network."""
-    one = NETWORKS[name]
-    graph = deployed(*capture(one.make(one.classes, one.input_shape).eval(), one.input_shape))[0]
-    return random_checkpoint(graph, **options), random_images(graph, 2)
+    graph = deployed_network(name)
+    return random_checkpoint(graph), random_images(graph, 2)
 
 
 def counted(checkpoint: dict, images: torch.Tensor, storage: str, folder: Path) -> tuple[dict, int]:
@@ -70,21 +65,21 @@ def test_headline_network(tmp_path):
 
 @needs_emulator
 def test_resnet8_dense(tmp_path):
-    counts, ram_bytes = counted(*shipped("resnet8"), "dense", tmp_path)
+    counts, ram_bytes = counted(*random_network("resnet8"), "dense", tmp_path)
     assert sum(counts.values()) <= 14.0e6  # CMSIS-NN: 29.87
     assert ram_bytes <= 53_596
 
 
 @needs_emulator
 def test_ds_cnn_pointwise(tmp_path):
-    counts, _ = counted(*shipped("ds_cnn"), "dense", tmp_path)
+    counts, _ = counted(*random_network("ds_cnn"), "dense", tmp_path)
     pointwise = [count for node, count in counts.items() if "pointwise" in node]
     assert sum(pointwise) <= 1.1 * 4 * 25 * 5 * 64 * 64
 
 
 @needs_emulator
 def test_what_exceeds_the_flash_does_not_fit(tmp_path):
-    checkpoint, images = shipped("ds_cnn")
+    checkpoint, images = random_network("ds_cnn")
     source = c_source.c_source(checkpoint)
     for count, fits in ((1 << 19, True), (1 << 20, False)):
         weights = f"const signed char more[{count}] = {{1}};\n"

@@ -10,9 +10,9 @@ import time
 
 import pytest
 from conftest import REPOSITORY, fails, run_main, snapshot
-from edgecnn.c_source import host_compiler
 
-from edgecnn import ethos_u
+from edgecnn.deploy import ethos_u
+from edgecnn.deploy.c_source import host_compiler
 from edgecnn.errors import UserError
 from edgecnn.files import read_json, write_json
 from edgecnn.tables import markdown_table

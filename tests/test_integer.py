@@ -20,6 +20,7 @@ from narrow import (
 
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.data import load_sample, normalize
+from edgecnn.dataset import CIFAR10
 from edgecnn.deploy.integer import (
     INTEGER,
     exact_logits,
@@ -30,9 +31,8 @@ from edgecnn.deploy.integer import (
     integer_nodes,
 )
 from edgecnn.errors import UserError
-from edgecnn.graph import GraphError, from_plain, tensor_shapes
+from edgecnn.graph import GraphError, from_plain
 from edgecnn.quantized import int8_module, quantize_images, quantized_values
-from edgecnn.upgrade import upgraded_fp32, upgraded_int8
 
 
 def steps_of(checkpoint: dict, engine: str):
@@ -177,12 +177,6 @@ def test_a_pool_of_another_scale_is_refused():
 # ---- the first network ---------------------------------------------------------------------------
 
 
-def version_2(path: str) -> dict:
-    checkpoint = load_checkpoint(REPOSITORY / "checkpoints" / path)
-    old = checkpoint["format_version"] == 1
-    return upgraded_int8(checkpoint) if old else checkpoint
-
-
 @pytest.mark.parametrize(
     ("path", "digest"),
     [
@@ -198,14 +192,6 @@ def version_2(path: str) -> dict:
 )
 def test_committed_networks_give_the_integers_they_always_gave(path, digest):
     """The digests are those of the logits that version 1's code gave for the sample's images."""
-    checkpoint = version_2(path)
-    images = quantize_images(checkpoint, normalize(load_sample()[1][0]))
+    checkpoint = load_checkpoint(REPOSITORY / "checkpoints" / path)
+    images = quantize_images(checkpoint, normalize(load_sample()[1][0], CIFAR10))
     assert hashlib.sha256(exact_logits(checkpoint, images).numpy()).hexdigest() == digest
-
-
-def test_float_checkpoints_of_version_1():
-    old = load_checkpoint(REPOSITORY / "checkpoints/reference/baseline_fp32.pt")
-    new = upgraded_fp32(old) if old["format_version"] == 1 else old
-    shapes = tensor_shapes(from_plain(new["graph"]))
-    assert {name: tuple(t.shape) for name, t in new["tensors"].items()} == shapes
-    assert len(shapes) == 3 * 5 + 4 and "architecture" not in new

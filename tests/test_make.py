@@ -167,7 +167,7 @@ def test_a_training_killed_with_9_goes_on_with_the_same_command_to_the_same_bits
 
 def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
     """What make reference and make headline say in a fresh clone, whatever code made the files."""
-    monkeypatch.setattr("edgecnn.data.fetch", None)  # no data: nothing can be made anew
+    monkeypatch.setattr("edgecnn.cifar10.load_split", None)  # no data: nothing can be made anew
     for folder in ("results", "checkpoints"):
         names = ["git", "ls-files", folder]
         listed = subprocess.run(names, cwd=REPOSITORY, capture_output=True, text=True).stdout

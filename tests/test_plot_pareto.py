@@ -222,7 +222,6 @@ def assert_valid_pictures(folder):
         "metrics.json",
         "optimization_results.png",
         "optimization_results.svg",
-        "steps",
     ]
 
 
@@ -435,7 +434,7 @@ def test_bad_input_exits_2_and_keeps_the_old_picture(
     with pytest.raises(SystemExit) as caught:
         plot_pareto.main()
     out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out.startswith("making results/optimization_results.png anew")
+    assert caught.value.code == 2 and (not out or out.startswith("making results/"))
     assert problem in err and "python evaluate.py" in err
     assert len(err.splitlines()) == 1 and len(err) < 400
     assert content_of(folder) == before

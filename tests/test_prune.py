@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import run_main
 
-from edgecnn.checkpoint import fp32_model, load_checkpoint, sha256
+from edgecnn.checkpoint import float_module, load_checkpoint
 from edgecnn.data import load_sample
+from edgecnn.dataset import CIFAR10
 from edgecnn.energy import MAC_PJ, SRAM_PJ_PER_BYTE
 from edgecnn.errors import UserError
-from edgecnn.model import IMAGE_SHAPE, EdgeCNN, weight_layers
+from edgecnn.files import sha256
+from edgecnn.networks import EdgeCNN
 from edgecnn.pruning import (
     CRITERIA,
     hold_zeros,
@@ -20,6 +22,7 @@ from edgecnn.pruning import (
     lamp_scores,
     layer_energy_pj,
     prune_globally,
+    weight_layers,
 )
 from edgecnn.train import Recipe, fit
 from mac_hooks import count_macs
@@ -31,7 +34,7 @@ WEIGHTS, MACS = 619_872, 10_848_768
 def pruned(sparsity, criterion, seed=0):
     torch.manual_seed(seed)
     model = EdgeCNN()
-    return model, prune_globally(model, sparsity, criterion)
+    return model, prune_globally(model, CIFAR10.shape, sparsity, criterion)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -60,14 +63,14 @@ def test_normalized_takes_the_smallest_of_each_layer_in_equal_shares():
     for weight, mask in zip(before, masks.values(), strict=True):
         assert abs(int((~mask).sum()) - weight.numel() / 2) <= 1
         assert weight[mask].abs().min() >= weight[~mask].abs().max()
-    nonzero_macs = count_macs(model, IMAGE_SHAPE).nonzero_macs
+    nonzero_macs = count_macs(model, CIFAR10.shape).nonzero_macs
     assert nonzero_macs <= 5.43e6 and abs(nonzero_macs - MACS / 2) <= 2 * 1024 + 256 + 64 + 2
 
 
 def test_l1_leaves_more_macs_than_weights():
     # fc1's weights are the smallest and are used once each, so plain L1 spares the convolutions.
     model, _ = pruned(0.5, "l1")
-    assert count_macs(model, IMAGE_SHAPE).nonzero_macs > 8e6
+    assert count_macs(model, CIFAR10.shape).nonzero_macs > 8e6
 
 
 def test_lamp_score_is_the_share_of_the_remaining_squared_norm():
@@ -78,7 +81,7 @@ def test_lamp_score_is_the_share_of_the_remaining_squared_norm():
 
 
 def test_a_weight_costs_its_uses_and_its_fetch():
-    costs = layer_energy_pj(EdgeCNN())
+    costs = layer_energy_pj(EdgeCNN(), CIFAR10.shape)
     uses = {"block1.conv": 1024, "block2.conv": 256, "block3.conv": 64, "fc1": 1, "fc2": 1}
     assert costs == {name: n * MAC_PJ[8] + SRAM_PJ_PER_BYTE for name, n in uses.items()}
 
@@ -87,7 +90,7 @@ def test_energy_prunes_the_dearer_of_two_equally_dispensable_weights():
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     cheap, dear = (importance(weight, "energy", price) for price in (13.0, 130.0))
     torch.testing.assert_close(cheap, 10 * dear)
-    macs = {c: count_macs(pruned(0.8, c)[0], IMAGE_SHAPE).nonzero_macs for c in CRITERIA}
+    macs = {c: count_macs(pruned(0.8, c)[0], CIFAR10.shape).nonzero_macs for c in CRITERIA}
     assert macs["energy"] < 0.9 * macs["lamp"]
 
 
@@ -95,7 +98,7 @@ def test_energy_prunes_the_dearer_of_two_equally_dispensable_weights():
 @pytest.mark.parametrize("first", CRITERIA)
 def test_masks_only_shrink_from_level_to_level(first, criterion):
     model, before = pruned(0.5, first)
-    after = prune_globally(model, 0.8, criterion)
+    after = prune_globally(model, CIFAR10.shape, 0.8, criterion)
     assert all(not (after[name] & ~before[name]).any() for name in before)
     zeros = sum(int((~mask).sum()) for mask in after.values())
     assert abs(zeros - 0.8 * WEIGHTS) <= 1
@@ -104,7 +107,7 @@ def test_masks_only_shrink_from_level_to_level(first, criterion):
 def test_a_level_below_the_parents_zeros_is_refused():
     model, _ = pruned(0.5, "l1")
     with pytest.raises(UserError, match="50.00 % of the weights are zero already"):
-        prune_globally(model, 0.4, "l1")
+        prune_globally(model, CIFAR10.shape, 0.4, "l1")
 
 
 @pytest.fixture
@@ -223,7 +226,7 @@ def test_zeros_hold_after_every_step_and_kept_weights_move():
         steps.append(moved)
 
     recipe = Recipe(2, 64, 0.1, seed=0, start="test")
-    fit(model, load_sample()[0], recipe, torch.device("cpu"), after_step=check)
+    fit(model, load_sample()[0], CIFAR10, recipe, torch.device("cpu"), after_step=check)
     assert len(steps) == 12 and any(steps)  # without the hook the optimizer does revive them
     for name, layer in weight_layers(model).items():
         assert not torch.equal(layer.weight, start[name])
@@ -233,7 +236,7 @@ def test_zeros_hold_after_every_step_and_kept_weights_move():
 def test_saved_file_is_small_exact_and_names_its_parent(smoke):
     path = smoke / "checkpoints/smoke/pruned_50_fp32.pt"
     checkpoint = load_checkpoint(path, "fp32")
-    model = fp32_model(checkpoint)
+    model = float_module(checkpoint)
     zeros = sum(int((layer.weight == 0).sum()) for layer in weight_layers(model).values())
     assert abs(zeros - WEIGHTS / 2) <= 1
     assert path.stat().st_size <= 1.19 * 2**20

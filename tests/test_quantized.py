@@ -18,6 +18,7 @@ from torch.ao.nn import intrinsic as nni
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecnn.data import load_sample, normalize
+from edgecnn.dataset import CIFAR10
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.errors import UserError
 from edgecnn.graph import Graph, Node, from_plain, macs_of, to_plain
@@ -90,7 +91,7 @@ def eager(tensors: dict, images: torch.Tensor, engine: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("engine", ["qnnpack", "fbgemm"])
 def test_scales_and_integers_are_those_of_torchs_own_workflow(engine):
-    tensors, images = random_tensors(SEQUENCE), normalize(load_sample()[0][0])
+    tensors, images = random_tensors(SEQUENCE), normalize(load_sample()[0][0], CIFAR10)
     model = eager(tensors, images, engine)
     integers, quantization = quantize(SEQUENCE, tensors, images.split(100), engine)
     own = quantization["activations"]
@@ -107,7 +108,7 @@ def test_scales_and_integers_are_those_of_torchs_own_workflow(engine):
         assert torch.equal(integers[f"{name}.weight"], weight.int_repr())
         assert torch.equal(integers[f"{name}.bias"], tensors[f"{name}.bias"])
     plain = {"graph": to_plain(SEQUENCE), "tensors": integers, "quantization": quantization}
-    test_images = normalize(load_sample()[1][0])
+    test_images = normalize(load_sample()[1][0], CIFAR10)
     with torch.no_grad():
         assert torch.equal(int8_module(plain)(test_images), model(test_images))
 

@@ -12,7 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from edgecnn.errors import UserError
-from edgecnn.graph import INPUT, WEIGHTED, Graph, GraphError, Node, from_plain, shapes_of
+from edgecnn.graph import (
+    INPUT,
+    WEIGHTED,
+    Graph,
+    GraphError,
+    Node,
+    batch_size,
+    from_plain,
+    shapes_of,
+)
 from edgecnn.quantized import HIGHEST, ROUNDING_LIMIT, SIGNED_OFFSET, relu6_high
 
 SUM_LIMIT = 2**29  # of an int32 accumulator
@@ -82,9 +91,10 @@ def weighted_constants(node: Node, tensors: dict, quantization: dict) -> dict:
     """weight, bias and multiplier of a conv or linear; raises ValueError where they overflow."""
     weight, bias = (tensors[f"{node.name}.{key}"].numpy() for key in ("weight", "bias"))
     scales = [quantization["activations"][name]["scale"] for name in (*node.inputs, node.name)]
-    multiplier, bias = fbgemm_constants(quantization["weights"][node.name], *scales, bias)
     sums = HIGHEST * np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
-    largest = (sums + np.abs(bias)) * multiplier
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        multiplier, bias = fbgemm_constants(quantization["weights"][node.name], *scales, bias)
+        largest = (sums + np.abs(bias)) * multiplier
     if not (np.all(largest < ROUNDING_LIMIT) and sums.max() < SUM_LIMIT):
         raise ValueError("can overflow the kernels' arithmetic")
     return {"weight": weight, "bias": bias, "multiplier": multiplier}
@@ -236,7 +246,7 @@ def exact_values(checkpoint: dict, images: torch.Tensor) -> dict[str, torch.Tens
 def exact_logits(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
     """The network in exact integers, without C: int8 (N, C, H, W) -> int8 logits (N, classes)."""
     logits = []
-    for batch in images.split(BATCH):
+    for batch in images.split(batch_size(from_plain(checkpoint["graph"]), BATCH)):
         values = exact_values(checkpoint, batch)
         logits.append(values[next(reversed(values))] - SIGNED_OFFSET)
     return torch.cat(logits).to(torch.int8)

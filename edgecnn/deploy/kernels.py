@@ -22,6 +22,7 @@ GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # Scratch that a direct convolution fills with positions unless there is more room, and the most groups
 # of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
+MAX_SCRATCH_BYTES = 2**20
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
 
@@ -237,10 +238,20 @@ def conv_winograd(g: Geometry, weight: np.ndarray) -> Stored:
     return Stored("conv_winograd", members, {"weights": order}, scratch, in_place, features, blocks)
 
 
-def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
+def sparse_band(g: Geometry) -> tuple[int, int, int]:
+    """(rows, half of the columns, the latter with a window's) of a channel that stand unpacked."""
     half = ceil_div(ceil_div(g.out_width, 2), GROUP) * GROUP
-    columns = half + (g.kernel_width - 1) // g.stride_x
-    rows = g.kernel_height + g.stride_y
+    return g.kernel_height + g.stride_y, half, half + (g.kernel_width - 1) // g.stride_x
+
+
+def sparse_takes(g: Geometry) -> bool:
+    """Whether conv_sparse's scratch is within what any microcontroller has."""
+    rows, _, columns = sparse_band(g)
+    return 4 * g.inputs * rows * g.stride_x * columns <= MAX_SCRATCH_BYTES
+
+
+def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
+    rows, half, columns = sparse_band(g)
     channel, ky, kx = np.indices(weight.shape[1:])
     step = g.stride_x
     addresses = ((channel * rows + ky) * step + kx % step) * columns + kx // step
@@ -291,7 +302,7 @@ def conv_choices(g: Geometry, weight: np.ndarray, groups: int, image: bool) -> l
     dense = [conv_direct(g, weight)]
     if winograd_takes(g) and not image:
         dense.append(conv_winograd(g, weight))
-    return [*dense, conv_sparse(g, weight)]
+    return [*dense, conv_sparse(g, weight)] if sparse_takes(g) else dense
 
 
 ROOMY = {"conv_direct": conv_direct, "conv_depthwise": conv_depthwise}  # take a `room`

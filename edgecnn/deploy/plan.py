@@ -27,7 +27,7 @@ from edgecnn.graph import INPUT, Graph, from_plain, shapes_of
 FLIP = 0x80808080  # four bytes of q from four of int8 = q - 128
 HIGHEST = 255
 ALIGNMENT = 8
-ORDERS = 50  # of placing buffers that are tried
+ORDERS, ORDER_PAIRS = 50, 1_000_000  # of placing buffers that are tried; pairs looked at in all
 
 
 @dataclass(frozen=True)
@@ -331,9 +331,8 @@ def placed(uses: list[Use], order: list[int]) -> tuple[int, list[int]]:
     """(peak, offsets): each place in turn as low as those before it allow."""
     offsets: dict[int, int] = {}
     for at in order:
-        others = [
-            (uses[i], offset) for i, offset in offsets.items() if uses[i].keys() & uses[at].keys()
-        ]
+        steps = uses[at].keys()
+        others = [(uses[i], o) for i, o in offsets.items() if not steps.isdisjoint(uses[i])]
         tops = {offset + size for other, offset in others for size in other.values()}
         offsets[at] = next(
             offset
@@ -355,7 +354,7 @@ def arrange(uses: list[Use]) -> tuple[int, list[int]]:
             total[step] = total.get(step, 0) + size
     order = sorted(range(len(uses)), key=lambda at: -max(uses[at].values()))
     best, shuffle = placed(uses, order), random.Random(0)
-    for _ in range(ORDERS):
+    for _ in range(min(ORDERS, ORDER_PAIRS // max(len(uses), 1) ** 2)):
         if best[0] == max(total.values(), default=0):
             break
         shuffle.shuffle(order)

@@ -6,12 +6,14 @@ N, H, W, C. A padding that is TFLite's SAME or VALID is written so, any other as
 """
 
 import importlib.util
+import math
 import os
 import re
 import sys
 import tempfile
 
 import numpy as np
+import torch
 
 from edgecnn.deploy.integer import flat_maps, hwc_columns
 from edgecnn.errors import UserError
@@ -194,7 +196,7 @@ class Writer:
         self.schema, _ = tflite_micro()
         self.file = Subgraph(self.schema)
         image = channels_last(self.graph.input_shape)
-        self.index = {INPUT: self.activation("image", image, INPUT)}
+        self.index = {INPUT: self.activation(INPUT, image, INPUT)}
 
     def scale(self, name: str) -> float:
         """The scale of what a node gives, as the file holds it."""
@@ -336,7 +338,7 @@ class Writer:
         if len(self.shape_in_file(name)) == 2:
             return self.index[name]
         sides = self.file.tensor("logits/shape", shape.shape, "INT32", values=shape)
-        out = self.activation("logits", shape, name)
+        out = self.activation("logits/flat", shape, name)
         options = self.schema.ReshapeOptionsT(newShape=shape)
         return self.file.operator("RESHAPE", [self.index[name], sides], out, options)
 
@@ -382,6 +384,14 @@ def operators(data: bytes) -> list[str]:
     return [names[model.OperatorCodes(i).BuiltinCode()] for i in indices]
 
 
+def tensor_shapes(data: bytes) -> dict[str, list[int]]:
+    """{name: shape} of the tensors of a .tflite file, in the order of their numbers."""
+    schema, _ = tflite_micro()
+    graph = schema.Model.GetRootAsModel(data, 0).Subgraphs(0)
+    tensors = [graph.Tensors(i) for i in range(graph.TensorsLength())]
+    return {tensor.Name().decode(): tensor.ShapeAsNumpy().tolist() for tensor in tensors}
+
+
 # ---- the interpreter ---------------------------------------------------------------------------
 
 
@@ -400,24 +410,58 @@ def stderr_of(function) -> str:
         return file.read().decode(errors="replace")
 
 
+def interpreted(data: bytes, images, config: str, read):
+    """(tflite-micro's interpreter of a file, [read(interpreter) after each int8 image (C, H, W)]).
+
+    config: a name of its InterpreterConfig. Raises UserError when tflite-micro refuses the file.
+    """
+    _, runtime = tflite_micro()
+    # Its own guess, ten times the file, is too little for few weights on large images.
+    arena_size = 2**20 + 2 * sum(math.prod(shape) for shape in tensor_shapes(data).values())
+    rows = np.ascontiguousarray(np.asarray(images).transpose(0, 2, 3, 1))  # (N, H, W, C)
+    kind, found = getattr(runtime.InterpreterConfig, config), []
+    try:
+        interpreter = runtime.Interpreter.from_bytes(
+            data, arena_size=arena_size, intrepreter_config=kind
+        )
+        for image in rows:
+            interpreter.set_input(image[None], 0)
+            interpreter.invoke()
+            found.append(read(interpreter))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"tflite-micro cannot run the exported file: {reason}") from None
+    return interpreter, found
+
+
 def run_tflite(data: bytes, images) -> tuple[np.ndarray, int]:
     """(int8 (N, classes) logits, tensor arena bytes) of a .tflite under tflite-micro, one by one.
 
     images: int8 (N, C, H, W), a tensor or array. Raises UserError when tflite-micro refuses the file.
     """
-    _, runtime = tflite_micro()
-    rows = np.ascontiguousarray(np.asarray(images).transpose(0, 2, 3, 1))  # (N, H, W, C)
-    logits = []
-    try:
-        interpreter = runtime.Interpreter.from_bytes(data)
-        for image in rows:
-            interpreter.set_input(image[None], 0)
-            interpreter.invoke()
-            logits.append(interpreter.get_output(0)[0].copy())
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"tflite-micro cannot run the exported file: {reason}") from None
+    interpreter, logits = interpreted(
+        data, images, "kAllocationRecording", lambda ran: ran.get_output(0)[0].copy()
+    )
     arena = ARENA_TOTAL.search(stderr_of(interpreter.print_allocations))
     if arena is None:
         raise RuntimeError("this tflite-micro reports its arena in another form")
     return np.stack(logits), int(arena[1])
+
+
+def tflite_values(data: bytes, images) -> dict[str, torch.Tensor]:
+    """{tensor name: int8 (N, C, H, W) or (N, features)} of every activation of a .tflite file.
+
+    images and errors as run_tflite.
+    """
+    names = list(tensor_shapes(data))
+
+    def read(ran) -> dict[str, np.ndarray]:
+        values = {name: ran.GetTensor(at, 0)["tensor_data"] for at, name in enumerate(names)}
+        return {name: np.array(v) for name, v in values.items() if len(v) == 1}
+
+    _, found = interpreted(data, images, "kPreserveAllTensors", read)
+    rows = {name: np.concatenate([values[name] for values in found]) for name in found[0]}
+    return {
+        name: torch.from_numpy(v.transpose(0, 3, 1, 2) if v.ndim == 4 else v)
+        for name, v in rows.items()
+    }
