@@ -27,7 +27,13 @@ from edgecnn.describe import describe
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
 from edgecnn.names import variant_name
-from edgecnn.networks import NETWORKS, default_input_shape, load_network, load_weights
+from edgecnn.networks import (
+    NETWORKS,
+    default_input_shape,
+    load_network,
+    load_weights,
+    network_file,
+)
 from edgecnn.rewrite import pool_before_relu
 from edgecnn.step import Step, variant_step
 from edgecnn.train import (
@@ -81,8 +87,7 @@ def baseline_step(args, run: str) -> Step:
     """The step of one baseline: its file of the network and its weights are parents."""
     name = variant_name("baseline", "fp32", seed=args.seed)
     arguments = {key: getattr(args, key) for key in (*DECISIVE, *NETWORK)}
-    file = args.network.rpartition(":")[0]
-    parents = [path for path in (file and Path(file), args.weights) if path]
+    parents = [path for path in (network_file(args.network), args.weights) if path]
     return variant_step(run, name, "train_baseline.py", arguments, parents, args.force)
 
 

@@ -173,15 +173,22 @@ def load_network(text: str, classes: int, input_shape: Shape) -> nn.Module:
     return module
 
 
-def user_callable(text: str) -> Callable:
-    """The class or function that `file.py:Name` names; raises UserError."""
+def network_file(text: str) -> Path | None:
+    """The user's file in `file.py:Name`, None for a shipped name; raises UserError for neither."""
+    if text in NETWORKS:
+        return None
     file, _, name = text.rpartition(":")
-    path = Path(file)
     if not file or not name:
         known = ", ".join(NETWORKS)
         raise UserError(f"{text}: no network of that name; give {known}, or file.py:Name")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; --network takes file.py:Name")
+    if not Path(file).is_file():
+        raise UserError(f"{file} is missing; --network takes file.py:Name")
+    return Path(file)
+
+
+def user_callable(text: str) -> Callable:
+    """The class or function that `file.py:Name` names; raises UserError."""
+    path, name = network_file(text), text.rpartition(":")[2]
     module = execute(path)
     found = getattr(module, name, None)
     if found is None:
@@ -267,7 +274,7 @@ def misfit(state, expected: dict[str, torch.Tensor]) -> str | None:
         return "it is not a plain dict of tensors (give model.state_dict() alone)"
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
     lacking = [name for name in expected if name not in state and name not in counters]
-    unknown = [str(name) for name in state if name not in expected]
+    unknown = [f"{name!s:.60}" for name in state if name not in expected]
     if lacking or unknown:
         lists = {"it lacks": lacking, "the network has no": unknown}
         return "; ".join(
