@@ -43,7 +43,7 @@ def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()
-            if value is not None and key != "force"
+            if value is not None and key not in ("force", "data_dir")  # which decide nothing
         },
         "torch_version": str(torch.__version__),
         "commit": COMMIT,
