@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import re
 import sys
 import warnings
@@ -78,12 +77,13 @@ def count_macs(
         stored = [*model.parameters(), *model.buffers(), torch.empty(0)]
         dtype = next(t.dtype for t in stored if t.is_floating_point())
         inputs = torch.zeros(1, *input_size, dtype=dtype, device=stored[0].device)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = [inputs] if isinstance(inputs, Tensor) else [] if isinstance(inputs, dict) else inputs
+    kwargs = inputs if isinstance(inputs, dict) else {}
 
-    # a fused kernel of attention would be one opaque operation
-    with restored(model), torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+    with restored(model):
+        args, kwargs = _copied([list(args), dict(kwargs)], {})
         mode = _MacMode(model, (args, kwargs), observe)
+        shapes = [tuple(t.shape) for t in _tensors((args, kwargs), set())]
         with mode:
             out = model(*args, **kwargs)
         mode.check_end(out)
@@ -96,7 +96,6 @@ def count_macs(
     layers = [row for row in mode.rows.values() if row.parameters or row.total_macs]
     for row in layers:
         row.bits = row.bits and (bits or row.bits)
-    shapes = [tuple(t.shape) for t in _tensors((args, kwargs), set())]
     return MacReport(layers, shapes, mode.folded_macs, uncounted)
 
 
@@ -315,8 +314,6 @@ _ROOT = "(model)"
 _HELPER = re.compile(r"(?:^|\.)(?:parametrizations|_packed_params|_all_weight_values)(?:\.|$)")
 # what is known of a tensor: computed from the model's input, or from which stored tensors
 _ACTIVE, _CONSTANT = None, frozenset()
-# what inference mode hands over whole
-_decomposes = functools.cache(torch._ops.OpOverload._can_decompose)
 
 
 def _layer(name: str) -> str:
@@ -403,9 +400,6 @@ class _MacMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _decomposes(func) and func is not torch.ops.prim.device.default:
-            with self:
-                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         name, outputs = str(func._overloadpacket), _tensors(out)
         states = [(t, self.state(t)) for t in _tensors((args, kwargs))]
@@ -446,21 +440,20 @@ class _MacMode(TorchDispatchMode):
             self.folded_macs += macs
             return None
         weights = right if left_active or is_stored[1] else left
-        owners = {_layer(n.rpartition(".")[0]) for w in weights for n in self.state(w) or ()}
+        names = {name for weight in weights for name in self.state(weight) or ()}
+        owners = {_layer(name.rpartition(".")[0]) for name in names}
         row = self.rows[owners.pop() if len(owners) == 1 else running]
         row.macs += macs
         nonzero, size = _sum(map(self.nonzero, weights)), sum(w.numel() for w in weights)
         row.nonzero_macs = _sum((row.nonzero_macs, nonzero and macs * nonzero // size))
-        row.bits = max(row.bits or 0, *map(self.bits, weights))
+        # a widened weight is as wide as the stored one, scales apart
+        width = max(w.element_size() for w in weights)
+        stored = [self.stored[name] for name in names]
+        widest = max((t.element_size() for t in stored if not _is_vector(t)), default=width)
+        row.bits = max(row.bits or 0, 8 * min(width, widest))
         if row.output_shape is None:  # its own forward did not run: a function uses the weight
             row.output_shape = tuple(outputs[0].shape)
         return row
-
-    def bits(self, weight: Tensor) -> int:
-        """Width of a weight, or of the stored tensor from which it was widened, scales apart."""
-        stored = [self.stored[name] for name in self.state(weight) or ()]
-        widths = [t.element_size() for t in stored if not _is_vector(t)]
-        return 8 * min(weight.element_size(), max(widths, default=weight.element_size()))
 
     def nonzero(self, tensor: Tensor) -> int | None:
         """How many elements are not zero, counted once; None on the meta device."""
@@ -522,34 +515,39 @@ def _storage(tensor: Tensor):
 
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and leave all that it keeps, and the random states, as before."""
+    """Eval mode without gradients, in which a forward works on copies of what the modules keep.
+
+    Afterwards the modules, but for a parameter overwritten in place, and the random states are as
+    before. A fused kernel or fast path of attention, one opaque operation, is not taken.
+    """
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-    containers = {dict, OrderedDict, defaultdict, list, deque, set}
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    boxes, kept, copies = [vars(module) for module in model.modules()], {}, {}
-    try:
-        for box in boxes:  # and the containers in it, which are appended as they are found
-            if id(box) in kept:
-                continue
-            kept[id(box)] = box, box.copy()
-            for key, value in list(box.items() if isinstance(box, dict) else enumerate(box)):
-                if type(value) in containers:
-                    boxes.append(value)
-                elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    copies.setdefault(id(value), value.detach().clone())
-                    if not isinstance(box, set):  # whose elements have no place
-                        box[key] = copies[id(value)]
-        for module in model.modules():
-            vars(module)["training"] = False  # not eval(), which a model may override
-        # the fast paths of attention and of the encoder layer run as one opaque operation
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices):
+    math = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+    kept, copies = [(module, vars(module)) for module in model.modules()], {}
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), math:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, own in kept:  # not eval(), which a model may override
+                object.__setattr__(module, "__dict__", _copied(own, copies) | {"training": False})
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for box, before in kept.values():
-            box.clear()
-            (box.extend if isinstance(box, (list, deque)) else box.update)(before)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, own in kept:
+                object.__setattr__(module, "__dict__", own)
+
+
+def _copied(value, copies: dict[int, object]):
+    """A container with copies of the tensors, but for parameters, and of the containers in it."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        copies[id(value)] = value.detach().clone()
+    elif type(value) in (dict, OrderedDict, defaultdict, list, deque, set):
+        copies[id(value)] = copied = value.copy()
+        if copied and not isinstance(value, set):  # whose elements have no place
+            for key, element in value.items() if isinstance(value, dict) else enumerate(value):
+                copied[key] = _copied(element, copies)
+    return copies.get(id(value), value)
 
 
 # ---------------------------------------------------------------- command line
