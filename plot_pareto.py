@@ -17,6 +17,7 @@ never enter it, and stand only beside accuracies of the same test set.
 """
 
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -125,16 +126,16 @@ def has_ci(row: dict) -> bool:
 
 
 def short_label(row: dict) -> str:
-    """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the precision); cut when long."""
+    """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the precision); cut when long.
+
+    `channels_30_pruned_80_int8` -> `ch 30 %, 80 %`.
+    """
     match = NAME_PATTERN.fullmatch(row["variant"])
     text = row["variant"]
-    if match and match["percent"]:
-        criterion = match["criterion"] or ""
-        text = (
-            f"{match['percent']} % {criterion.upper() if len(criterion) < 3 else criterion}".strip()
-        )
-    elif match:
-        text = match["method"]
+    if match:
+        text = re.sub(r"_([\d.]+)", r" \1 %", match["method"]).removeprefix("pruned ")
+        text = text.replace("_pruned", ",").replace("channels", "ch").replace("_l1", " L1")
+        text = text.replace("_", " ")
     return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
 
 
@@ -240,6 +241,10 @@ def legend_handles(rows, references, budget: bool) -> list:
     if any(has_ci(row) for row in rows):
         handles.append(mark("95 % confidence interval", "|", DARK))
     handles.append(mark("share of weights pruned", r"$50\,\%$", DARK, ms=22, mew=0))
+    if any(row["variant"].startswith("channels_") for row in rows):
+        handles.append(
+            mark("share of MACs gone with channels", r"$ch\,30\,\%$", DARK, ms=30, mew=0)
+        )
     if budget:
         handles.append(Patch(color=GREEN, alpha=0.2, label="allowed by this panel's limits"))
         handles.append(mark("meets the whole budget", "o", GREEN, "none", ms=RING_POINTS - 2))
