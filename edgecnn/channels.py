@@ -37,7 +37,7 @@ from edgecnn.graph import (
 )
 from edgecnn.rewrite import Tensors, deployed_graph, folded_tensors
 
-# Our kernels and CMSIS-NN take four channels at once, the Ethos-U55-128 makes eight outputs at once.
+# Our kernels and CMSIS-NN take four channels at a time, an Ethos-U keeps maps in bricks of sixteen.
 MULTIPLE = 8
 TINY = 1e-12  # instead of dividing by nothing
 # The sources of the price in instructions. Imported by that price alone, so that what other criteria
@@ -209,12 +209,13 @@ def kept_channels(
     Of each group the least important channels are the next to go, as many as make its width the next
     smaller multiple; the last multiple stays. In each round that group gives way whose next channels
     have the least share of its remaining norm (LAMP's score, see pruning.lamp_scores) per `cost` saved.
-    Raises UserError where the MACs never are few enough.
+    Once the MACs are few enough, what need not have gone comes back, the last to go first.
+    Raises UserError where they never are.
     """
     places, shares = places_of(graph), norm_shares(graph, tensors)
     ranked = {group: values.sort(stable=True) for group, values in shares.items()}
     whole = widths_of(graph, places)
-    widths, left = dict(whole), graph
+    widths, left, gone = dict(whole), graph, []
 
     def loss(group: str, before: float) -> float:
         """Share of the group's remaining norm, per cost saved, of its next channels."""
@@ -231,6 +232,11 @@ def kept_channels(
         group = min(open_groups, key=functools.partial(loss, before=cost(left)))
         widths[group] = next_width(widths[group], multiple)
         left = resized(graph, places, widths)
+        gone.append(group)
+    for group in reversed(gone):
+        width = min(whole[group], (widths[group] // multiple + 1) * multiple)
+        if macs(resized(graph, places, widths | {group: width})) <= most_macs:
+            widths[group] = width
     kept = {group: torch.ones(width, dtype=torch.bool) for group, width in whole.items()}
     for group, mask in kept.items():
         mask[ranked[group].indices[: whole[group] - widths[group]]] = False

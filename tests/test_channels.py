@@ -26,6 +26,7 @@ from edgecnn.checkpoint import graph_of, load_checkpoint, made_by
 from edgecnn.compare import compare, sort_key
 from edgecnn.deploy.kernels import chosen
 from edgecnn.deploy.plan import choices_of, dense_instructions, network_of
+from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, from_plain, tensor_shapes, to_plain
 from edgecnn.module import module_of
@@ -153,15 +154,13 @@ def test_so_many_macs_go_and_no_more_than_needed(criterion):
     kept = kept_channels(graph, tensors, most, 4, cost)
     shares, left = norm_shares(graph, tensors), without_channels(graph, tensors, kept)[0]
     assert macs(left) <= most
-    undone = []  # the last one to go, put back, leaves too many MACs
     for group, mask in kept.items():
         assert int(mask.sum()) % 4 == 0 and mask.any()
         if not mask.all():
             assert shares[group][mask].min() >= shares[group][~mask].max()
             back = shares[group].masked_fill(mask, -1).argsort(descending=True)[:4]
             more = kept | {group: mask.scatter(0, back, True)}
-            undone.append(macs(without_channels(graph, tensors, more)[0]) > most)
-    assert any(undone)
+            assert macs(without_channels(graph, tensors, more)[0]) > most
 
 
 def test_a_price_saves_its_own_cost():
@@ -327,12 +326,9 @@ def test_channels_then_weights_then_int8_through_all_steps(smoke, workdir, capsy
     parent = f"{FOLDER}/channels_30_fp32.pt"
     run_main("prune_finetune", *few, "--checkpoint", parent, "--sparsity", 0.8)
     names = ("channels_30", "channels_50", "channels_30_pruned_80")
-    for name in names:
+    for name in names[::2]:
         run_main("quantize", "--smoke", "--checkpoint", f"{FOLDER}/{name}_fp32.pt")
-    run_main("export_edge", "--smoke", "--checkpoint", f"{FOLDER}/channels_30_int8.pt")
-    run_main("export_edge", "--smoke", "--checkpoint", f"{FOLDER}/baseline_int8.pt")
     run_main("evaluate", "--smoke")
-    run_main("plot_pareto", "--smoke")
     said = capsys.readouterr().out
 
     origins = {n: load_checkpoint(f"{FOLDER}/{n}_fp32.pt")["provenance"] for n in names}
@@ -344,19 +340,18 @@ def test_channels_then_weights_then_int8_through_all_steps(smoke, workdir, capsy
         assert record["arguments"][key] == value
     rows = json.loads((workdir / "results/smoke/metrics.json").read_text())
     rows = {row["variant"]: row for row in rows}
-    whole = rows["baseline_int8"]
     for name, share in (("channels_30", 0.3), ("channels_50", 0.5)):
-        row = rows[f"{name}_int8"]
-        assert row["method"] == name and row["macs"] <= (1 - share) * whole["macs"]
-        assert row["size_bytes"] < whole["size_bytes"] and f"{name}_int8" in said
-    both = rows["channels_30_pruned_80_int8"]
-    assert both["macs"] == rows["channels_30_int8"]["macs"] and both["sparsity_percent"] >= 80
-    assert both["size_bytes"] < rows["channels_30_int8"]["size_bytes"]
-    edge = workdir / "results/smoke/edge"
-    sizes = [
-        next(edge.glob(f"**/{n}_int8*.tflite")).stat().st_size for n in ("channels_30", "baseline")
+        row = rows[f"{name}_fp32"]
+        assert row["method"] == name and row["macs"] <= (1 - share) * 10_848_768
+        assert row["size_bytes"] < rows["baseline_fp32"]["size_bytes"] and row["variant"] in said
+    dense, both = rows["channels_30_int8"], rows["channels_30_pruned_80_int8"]
+    assert both["macs"] == dense["macs"] and both["sparsity_percent"] >= 80
+    assert both["size_bytes"] < dense["size_bytes"]
+    files = [
+        write_tflite(load_checkpoint(f"{FOLDER}/{name}_int8.pt"), name)
+        for name in ("baseline", "channels_30", "channels_30_pruned_80")
     ]
-    assert sizes[0] < sizes[1]
+    assert len(files[0]) > len(files[1]) and len(files[1]) == pytest.approx(len(files[2]), abs=99)
 
     run_main("prune_finetune", *few, "--structure", "channels", "--sparsity", 0.3, 0.5)
     assert "kept: checkpoints/smoke/channels_50_fp32.pt" in capsys.readouterr().out
