@@ -17,6 +17,7 @@ never enter it, and stand only beside accuracies of the same test set.
 """
 
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -82,6 +83,7 @@ The energy score is relative, not joules, and credits every skipped zero. Sparse
 with weight compression do skip zeros; dense kernels run a pruned network no faster. \
 Control: the same fine-tuning without pruning.
 """
+CHANNEL_NOTE = "ch: the share of the MACs that went with whole channels, before any weights."
 REFERENCE_NOTE = """
 Grey: "original" as published by the table that this project started from; its pruned MACs and sizes \
 were assumed. ResNet-8: accuracy as published, dense MACs, flash as counted with CMSIS-NN.
@@ -125,16 +127,16 @@ def has_ci(row: dict) -> bool:
 
 
 def short_label(row: dict) -> str:
-    """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the precision); cut when long."""
+    """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the precision); cut when long.
+
+    `channels_30_pruned_80_int8` -> `ch 30 %, 80 %`.
+    """
     match = NAME_PATTERN.fullmatch(row["variant"])
     text = row["variant"]
-    if match and match["percent"]:
-        criterion = match["criterion"] or ""
-        text = (
-            f"{match['percent']} % {criterion.upper() if len(criterion) < 3 else criterion}".strip()
-        )
-    elif match:
-        text = match["method"]
+    if match:
+        text = re.sub(r"_([\d.]+)", r" \1 %", match["method"]).removeprefix("pruned ")
+        text = text.replace("_pruned", ",").replace("channels", "ch").replace("_l1", " L1")
+        text = text.replace("_", " ")
     return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
 
 
@@ -255,6 +257,8 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None) -> Figure:
     rows = competitors(rows, limits)
     others = references_for(rows)
     notes = [NOTES, REFERENCE_NOTE if others else "", budget_note(rows, limits) if limits else ""]
+    if any(row["variant"].startswith("channels_") for row in rows):
+        notes[0] += CHANNEL_NOTE
     notes = "\n".join(textwrap.fill(note.strip(), 160) for note in notes if note)
     figure = Figure(figsize=(12, 7.4), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no window system needed, and text can be measured
