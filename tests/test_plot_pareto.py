@@ -499,7 +499,8 @@ def test_the_joint_picture_is_kept_until_a_run_changes(three, tmp_path):
     for name in ("first", "old"):
         metrics = tmp_path / "results" / name / "metrics.json"
         metrics.write_text(metrics.read_text() + "\n")
-        assert f"{name}/metrics.json changed" in run(tmp_path, *command).stdout
+    said = run(tmp_path, *command).stdout
+    assert "anew: first/metrics.json, old/metrics.json changed" in said
 
 
 @pytest.mark.parametrize(
