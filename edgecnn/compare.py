@@ -38,13 +38,9 @@ def mcnemar_p(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**n)  # integers up to the one division
 
 
-def dominates(a: dict, b: dict) -> bool:
-    """Whether `a` is at least as good as `b` in accuracy, bytes and energy score, and better in one."""
-    gains = [
-        a["accuracy_percent"] - b["accuracy_percent"],
-        b["size_bytes"] - a["size_bytes"],
-        b["relative_energy"] - a["relative_energy"],
-    ]
+def dominates(a: dict, b: dict, costs=("size_bytes", "relative_energy")) -> bool:
+    """Whether `a` is at least as good as `b` in accuracy and all costs, and better in one."""
+    gains = [a["accuracy_percent"] - b["accuracy_percent"], *(b[cost] - a[cost] for cost in costs)]
     return min(gains) >= 0 and max(gains) > 0
 
 

@@ -95,6 +95,12 @@ class Step:
         """Where a training leaves its state, until the result is written."""
         return self.outputs[0].with_suffix(".resume.pt")
 
+    @property
+    def named_parents(self) -> dict[str, Path]:
+        """The parents by file name, those of several runs by run and file name."""
+        one_name = len({path.name for path in self.parents}) < len(self.parents)
+        return {f"{p.parent.name}/{p.name}" if one_name else p.name: p for p in self.parents}
+
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
 
@@ -102,7 +108,7 @@ class Step:
         be written.
         """
         self.require_same_arguments()
-        self.digests = {path.name: sha256(path) for path in self.parents if path.is_file()}
+        self.digests = {n: sha256(path) for n, path in self.named_parents.items() if path.is_file()}
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
@@ -180,7 +186,7 @@ class Step:
     def changed_parents(self, recorded: dict, committed: bool) -> list[str]:
         """Names of parents that are not those recorded; one that is not here cannot have changed."""
         changed = [name for name, digest in self.digests.items() if recorded.get(name) != digest]
-        dropped = recorded.keys() - {path.name for path in self.parents}
+        dropped = recorded.keys() - self.named_parents.keys()
         return changed + ([] if committed else sorted(dropped))
 
     def commit(self, contents: dict[Path, bytes], fields: dict | None = None) -> None:
@@ -210,7 +216,7 @@ class Step:
         record = self.read()
         if record is not None and isinstance(record.get("outputs"), dict):
             outputs = {p.name: hashlib.sha256(data).hexdigest() for p, data in contents.items()}
-            parents = {path.name: sha256(path) for path in self.parents}
+            parents = {name: sha256(path) for name, path in self.named_parents.items()}
             record["outputs"] |= outputs
             record["parents"] = record.get("parents", {}) | parents
             contents = contents | {self.record: json_bytes(record)}
