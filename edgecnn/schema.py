@@ -35,6 +35,7 @@ OPTIONAL_ORIGIN = {
     "variant": is_name,
     "holdout": lambda value: isinstance(value, bool),
     "parent_sha256": lambda value: value is None or is_text(value, NAME_LENGTH),
+    "teacher_sha256": lambda value: is_text(value, NAME_LENGTH),
 }
 
 

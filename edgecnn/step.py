@@ -88,12 +88,18 @@ class Step:
     outputs: tuple[Path, ...]
     code: dict[str, str]  # source_digests(); versions of outside tools belong here too
     force: bool = False
+    defaults: dict = field(default_factory=dict)  # of arguments that older records lack
     digests: dict[str, str] = field(default_factory=dict)  # of the parents, when work begins
 
     @property
     def resume_path(self) -> Path:
         """Where a training leaves its state, until the result is written."""
         return self.outputs[0].with_suffix(".resume.pt")
+
+    def name_of(self, parent: Path) -> str:
+        """What the record calls a parent: its file's name, or its path where an earlier one has that."""
+        first = next(path for path in self.parents if path.name == parent.name)
+        return parent.name if parent == first else str(parent)
 
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
@@ -102,7 +108,7 @@ class Step:
         be written.
         """
         self.require_same_arguments()
-        self.digests = {path.name: sha256(path) for path in self.parents if path.is_file()}
+        self.digests = {self.name_of(p): sha256(p) for p in self.parents if p.is_file()}
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
@@ -121,9 +127,9 @@ class Step:
         if record is None or self.force:
             return
         given = record["arguments"] if isinstance(record.get("arguments"), dict) else {}
-        theirs = record | given  # of old records some stand beside the arguments
+        theirs = self.defaults | record | given  # of old records some stand beside the arguments
         theirs = {key: criterion_name(value) for key, value in theirs.items()}
-        ours = json.loads(json.dumps(self.arguments))  # tuples read back as lists
+        ours = json.loads(json.dumps(self.arguments, default=str))  # as the record has them
         differ = [key for key in ours if key in theirs and theirs[key] != ours[key]]
         if differ:
             made = ", ".join(f"{key} {theirs[key]}" for key in differ)
@@ -180,7 +186,7 @@ class Step:
     def changed_parents(self, recorded: dict, committed: bool) -> list[str]:
         """Names of parents that are not those recorded; one that is not here cannot have changed."""
         changed = [name for name, digest in self.digests.items() if recorded.get(name) != digest]
-        dropped = recorded.keys() - {path.name for path in self.parents}
+        dropped = recorded.keys() - {self.name_of(path) for path in self.parents}
         return changed + ([] if committed else sorted(dropped))
 
     def commit(self, contents: dict[Path, bytes], fields: dict | None = None) -> None:
@@ -210,18 +216,25 @@ class Step:
         record = self.read()
         if record is not None and isinstance(record.get("outputs"), dict):
             outputs = {p.name: hashlib.sha256(data).hexdigest() for p, data in contents.items()}
-            parents = {path.name: sha256(path) for path in self.parents}
+            parents = {self.name_of(path): sha256(path) for path in self.parents}
             record["outputs"] |= outputs
             record["parents"] = record.get("parents", {}) | parents
             contents = contents | {self.record: json_bytes(record)}
         write_files(contents)
 
 
-def variant_step(run: str, name: str, script: str, arguments, parents=(), force=False) -> Step:
-    """The step that makes one variant: its checkpoint, and its JSON for a record."""
+def variant_step(
+    run: str, name: str, script: str, arguments, parents=(), force=False, defaults=None
+) -> Step:
+    """The step that makes one variant: its checkpoint, and its JSON for a record.
+
+    Raises UserError where the checkpoint is a parent of itself.
+    """
     record, output = results_dir(run) / f"{name}.json", checkpoints_dir(run) / f"{name}.pt"
+    if output in parents:
+        raise UserError(f"{output} would replace what it is made from; give another --run")
     code = source_digests(script)
-    return Step(run, record, arguments, tuple(parents), (output,), code, force)
+    return Step(run, record, arguments, tuple(parents), (output,), code, force, defaults or {})
 
 
 def results_step(
