@@ -12,6 +12,7 @@ Writes  checkpoints/pruned_<percent>_fp32.pt  results/pruned_<percent>_fp32.json
     python prune_finetune.py --checkpoint checkpoints/channels_30_fp32.pt    # then weights of that
     python prune_finetune.py --sparsity 0               # the dense control of equal effort
     python prune_finetune.py --headline                 # longer, and taught by the run's baseline
+    python prune_finetune.py --teacher checkpoints/large/baseline_fp32.pt   # taught by another one
     python prune_finetune.py --smoke                    # seconds; reads checkpoints/smoke/
 
 Zeros save storage, and energy only on hardware that skips them; dense kernels multiply them. A network
@@ -38,23 +39,29 @@ from edgecnn.checkpoint import (
     require_unseen_holdout,
     save_variant,
 )
-from edgecnn.cli import Parser, parse_training_arguments, positive_int, run_name, sparsity
+from edgecnn.cli import (
+    TEACHER_SHARE,
+    Parser,
+    parse_training_arguments,
+    positive_int,
+    run_name,
+    sparsity,
+)
 from edgecnn.data import reload_training
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
 from edgecnn.names import DEFAULT_CRITERIA, checkpoints_dir, method_name, variant_name
 from edgecnn.pruning import CRITERIA, hold_zeros, layer_sparsity_percent, prune_globally
-from edgecnn.rewrite import deployed
 from edgecnn.step import Step, source_digests, variant_step
-from edgecnn.train import DECISIVE, WEIGHT_DECAY, Recipe, environment, fit, pick_device
+from edgecnn.teacher import load_teacher
+from edgecnn.train import DECISIVE, LATER, Recipe, environment, fit, pick_device
 
-# The fine-tuning recipe, settled with --holdout; distillation is the teacher's share of the loss.
-RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1}
-RECIPE |= {"weight_decay": WEIGHT_DECAY, "distillation": 0.0}
+# The fine-tuning recipe, settled with --holdout.
+RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1} | LATER
 # Teacher and weight decay were tried in benchmarks/ablation.py, at 8 epochs; 15 were not tried.
-HEADLINE_RECIPE = RECIPE | {"epochs": 15, "weight_decay": 1e-4, "distillation": 0.7}
+HEADLINE_RECIPE = RECIPE | {"epochs": 15, "weight_decay": 1e-4, "distillation": TEACHER_SHARE}
 SPARSITY = 0.5
-PRUNING = ("structure", "sparsity", "criterion", "multiple", "weight_decay", "distillation")
+PRUNING = ("structure", "sparsity", "criterion", "multiple")  # decide, as DECISIVE does
 CRITERIA_OF = {"weights": CRITERIA, "channels": CHANNEL_CRITERIA}
 
 
@@ -116,24 +123,15 @@ def parse_arguments():
 
 
 def level_step(args: argparse.Namespace, run: str, parent: Path, baseline: Path) -> Step:
-    """The step of one level: made from its parent, and with distillation taught by the baseline."""
+    """The step of one level: made from its parent, and with distillation taught by a third."""
     method = method_name(args.structure, args.sparsity, parent.stem)
     name = variant_name(method, "fp32", args.criterion, args.seed)
     arguments = {key: getattr(args, key) for key in DECISIVE + PRUNING} | {"parent": parent.stem}
-    parents = (parent, baseline) if args.distillation else (parent,)
-    step = variant_step(run, name, "prune_finetune.py", arguments, parents, args.force)
+    parents = (parent, args.teacher or baseline) if args.distillation else (parent,)
+    step = variant_step(run, name, "prune_finetune.py", arguments, parents, args.force, LATER)
     if args.criterion == "instructions":
         step.code = step.code | source_digests(*KERNEL_COSTS)
     return step
-
-
-def load_teacher(args: argparse.Namespace, baseline: Path) -> nn.Module | None:
-    """The run's baseline, BN folded, for distillation; None without it."""
-    if not args.distillation:
-        return None
-    checkpoint = load_checkpoint(baseline, "fp32")
-    require_unseen_holdout(checkpoint, args.holdout)
-    return module_of(*deployed(graph_of(checkpoint), checkpoint["tensors"])).eval()
 
 
 def warn_of_empty_layers(model: nn.Module) -> None:
@@ -164,14 +162,13 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
     lineage = parent_fields(step.parents[0])
     if teacher:
-        lineage["teacher_sha256"] = step.digests[step.parents[1].name]
+        lineage["teacher_sha256"] = list(step.digests.values())[-1]
     start = f"{sorted(step.digests.items())} at {args.sparsity} {args.criterion} {args.multiple}"
-    parts = {"weight_decay": args.weight_decay, "distillation": args.distillation}
     history = fit(
         model,
         train,
         dataset,
-        Recipe.from_arguments(args, start, **parts),
+        Recipe.from_arguments(args, start),
         device,
         validation,
         step.resume_path,
@@ -204,7 +201,10 @@ def main():
     def inputs(dataset):
         """Loaded only for a level that is not kept."""
         data = reload_training(dataset, args.data_dir, args.holdout)
-        return data, device, load_teacher(args, baseline)
+        teacher = None
+        if args.distillation:
+            teacher = load_teacher(args.teacher or baseline, dataset, args.holdout)
+        return data, device, teacher
 
     for done, (level, step) in enumerate(levels, start=1):
         if not step.kept():

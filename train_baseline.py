@@ -8,6 +8,7 @@ Writes  checkpoints/baseline_fp32.pt  results/baseline_fp32.json
     python train_baseline.py --network nets.py:MyNet --data my_images/ --input-size 3 64 64 --run mine
     python train_baseline.py --network nets.py:MyNet --weights mine.pt --data my_images/ --run mine
     python train_baseline.py --holdout   # reports on a held-out tenth of the training images
+    python train_baseline.py --network resnet8 --teacher checkpoints/baseline_fp32.pt --run taught
     python train_baseline.py --headline  # the longer recipe of `make headline`
     python train_baseline.py --smoke     # seconds, on a small real sample, no network
 
@@ -36,9 +37,11 @@ from edgecnn.networks import (
 )
 from edgecnn.rewrite import pool_before_relu
 from edgecnn.step import Step, variant_step
+from edgecnn.teacher import load_teacher
 from edgecnn.train import (
     BASELINE_RECIPE,
     DECISIVE,
+    LATER,
     Recipe,
     accuracy_percent,
     environment,
@@ -69,7 +72,10 @@ def parse_arguments():
         help="a float state_dict of the network, written by torch.save: taken as it is, not trained",
     )
     add_data_arguments(parser)
-    return parse_training_arguments(parser, BASELINE_RECIPE, HEADLINE_RECIPE)
+    args = parse_training_arguments(parser, BASELINE_RECIPE, HEADLINE_RECIPE)
+    if args.weights and args.teacher:
+        parser.error("--weights are taken as they are: leave out --teacher")
+    return args
 
 
 def captured(args, dataset):
@@ -84,11 +90,12 @@ def captured(args, dataset):
 
 
 def baseline_step(args, run: str) -> Step:
-    """The step of one baseline: its file of the network and its weights are parents."""
+    """The step of one baseline: its file of the network, its weights and its teacher are parents."""
     name = variant_name("baseline", "fp32", seed=args.seed)
     arguments = {key: getattr(args, key) for key in (*DECISIVE, *NETWORK)}
-    parents = [path for path in (network_file(args.network), args.weights) if path]
-    return variant_step(run, name, "train_baseline.py", arguments, parents, args.force)
+    parents = [path for path in (network_file(args.network), args.weights, args.teacher) if path]
+    before = LATER | dict.fromkeys(NETWORK) | {"network": "edgecnn", "data": "cifar10"}
+    return variant_step(run, name, "train_baseline.py", arguments, parents, args.force, before)
 
 
 def note_few_steps(args, images: int) -> None:
@@ -123,15 +130,19 @@ def main():
     print(f"{describe_data(dataset, train, validation)}\n\n{describe(graph)}\n")
 
     model = module_of(graph, tensors)
-    recipe, history = Recipe.from_arguments(args, f"weights of {args.network}"), []
+    start = f"weights of {args.network} {sorted(step.digests.items())}"
+    recipe, history = Recipe.from_arguments(args, start), []
+    lineage = {"method": "baseline", "criterion": None, "parent": None}
     if args.weights:
         note_given(args, model, train, dataset, device)
     else:
         note_few_steps(args, len(train[1]))
-        parts = (validation, step.resume_path, step.code)
-        history = fit(model, train, dataset, recipe, device, *parts)
+        parts, teacher = (validation, step.resume_path, step.code), None
+        if args.teacher:
+            teacher = load_teacher(args.teacher, dataset, args.holdout)
+            lineage["teacher_sha256"] = list(step.digests.values())[-1]  # of the last parent
+        history = fit(model, train, dataset, recipe, device, *parts, teacher=teacher)
 
-    lineage = {"method": "baseline", "criterion": None, "parent": None}
     origin = provenance(step.record.stem, args, **lineage, seed=args.seed, holdout=args.holdout)
     result = {**environment(device), "history": history}
     save_variant(step, origin, "fp32", (graph, tensors_of(model)), dataset, result)

@@ -3,12 +3,14 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 
 from edgecnn.errors import UserError
 from edgecnn.names import AUGMENTATIONS, checkpoints_dir
 from edgecnn.text import UNSHOWABLE
 
 SMOKE_EPOCHS = 2
+TEACHER_SHARE = 0.7  # of the loss, where there is a teacher
 MOST = 1_000_000  # of epochs, images, a batch: more is a slip of the finger
 
 
@@ -63,11 +65,17 @@ def positive_float(text: str) -> float:
     return value
 
 
-def sparsity(text: str) -> float:
-    """A share in [0, 1) whose percent has at most two decimals (it names files), or an error."""
+def share(text: str) -> float:
+    """A number in [0, 1), or argparse's error."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    return value
+
+
+def sparsity(text: str) -> float:
+    """A share in [0, 1) whose percent has at most two decimals (it names files), or an error."""
+    value = share(text)
     if abs(100 * value - round(100 * value, 2)) > 1e-9:
         raise argparse.ArgumentTypeError(f"{text} is finer than a hundredth of a percent")
     return value
@@ -173,6 +181,24 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
         help=f"peak of the one-cycle schedule (default: {recipe['learning_rate']})",
     )
     parser.add_argument(
+        "--weight-decay",
+        type=share,
+        help=f"of SGD, in [0, 1) (default: {recipe['weight_decay']}; "
+        f"{headline['weight_decay']} with --headline)",
+    )
+    parser.add_argument(
+        "--label-smoothing",
+        type=share,
+        help=f"share of each label spread over all classes (default: {recipe['label_smoothing']})",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="distillation: an FP32 checkpoint of any run and network on the same data, whose part of "
+        f"the loss is {TEACHER_SHARE} (default: none; prune_finetune.py --headline: the baseline)",
+    )
+    parser.add_argument(
         "--seed",
         type=seed,
         default=0,
@@ -195,6 +221,7 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
     args = parser.parse_args()
     chosen = headline if args.headline else recipe
     chosen = chosen | ({"epochs": SMOKE_EPOCHS} if args.smoke else {})
+    chosen = chosen | ({"distillation": TEACHER_SHARE} if args.teacher else {})
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | chosen | given)
 

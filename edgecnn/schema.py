@@ -45,6 +45,7 @@ OPTIONAL_ORIGIN = {
     "holdout": lambda value: isinstance(value, bool),
     "parent_sha256": lambda value: value is None or is_text(value, NAME_LENGTH),
     "whole_macs": lambda value: type(value) is int and 0 < value <= MAX_MACS,
+    "teacher_sha256": lambda value: is_text(value, NAME_LENGTH),
 }
 
 

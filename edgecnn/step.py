@@ -88,6 +88,7 @@ class Step:
     outputs: tuple[Path, ...]
     code: dict[str, str]  # source_digests(); versions of outside tools belong here too
     force: bool = False
+    defaults: dict = field(default_factory=dict)  # of arguments that older records lack
     digests: dict[str, str] = field(default_factory=dict)  # of the parents, when work begins
 
     @property
@@ -98,8 +99,9 @@ class Step:
     @property
     def named_parents(self) -> dict[str, Path]:
         """The parents by file name, those of several runs by run and file name."""
-        one_name = len({path.name for path in self.parents}) < len(self.parents)
-        return {f"{p.parent.name}/{p.name}" if one_name else p.name: p for p in self.parents}
+        paths = dict.fromkeys(self.parents)  # a parent may teach its own child
+        one_name = len({path.name for path in paths}) < len(paths)
+        return {f"{p.parent.name}/{p.name}" if one_name else p.name: p for p in paths}
 
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
@@ -127,9 +129,9 @@ class Step:
         if record is None or self.force:
             return
         given = record["arguments"] if isinstance(record.get("arguments"), dict) else {}
-        theirs = record | given  # of old records some stand beside the arguments
+        theirs = self.defaults | record | given  # of old records some stand beside the arguments
         theirs = {key: criterion_name(value) for key, value in theirs.items()}
-        ours = json.loads(json.dumps(self.arguments))  # tuples read back as lists
+        ours = json.loads(json.dumps(self.arguments, default=str))  # as the record has them
         differ = [key for key in ours if key in theirs and theirs[key] != ours[key]]
         if differ:
             made = ", ".join(f"{key} {theirs[key]}" for key in differ)
@@ -223,11 +225,18 @@ class Step:
         write_files(contents)
 
 
-def variant_step(run: str, name: str, script: str, arguments, parents=(), force=False) -> Step:
-    """The step that makes one variant: its checkpoint, and its JSON for a record."""
+def variant_step(
+    run: str, name: str, script: str, arguments, parents=(), force=False, defaults=None
+) -> Step:
+    """The step that makes one variant: its checkpoint, and its JSON for a record.
+
+    Raises UserError where the checkpoint is a parent of itself.
+    """
     record, output = results_dir(run) / f"{name}.json", checkpoints_dir(run) / f"{name}.pt"
+    if output in parents:
+        raise UserError(f"{output} would replace what it is made from; give another --run")
     code = source_digests(script)
-    return Step(run, record, arguments, tuple(parents), (output,), code, force)
+    return Step(run, record, arguments, tuple(parents), (output,), code, force, defaults or {})
 
 
 def results_step(

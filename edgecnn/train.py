@@ -29,8 +29,12 @@ TEMPERATURE = 3.0  # of distillation: what the teacher knows of the wrong classe
 EVALUATION_BATCH = 1000  # images
 # The baseline's recipe, settled with --holdout.
 BASELINE_RECIPE = {"epochs": 12, "batch_size": 256, "learning_rate": 0.2}
+# What older records, which lack them, were made with. distillation: the teacher's share of the loss.
+LATER = {"weight_decay": WEIGHT_DECAY, "label_smoothing": LABEL_SMOOTHING}
+LATER |= {"distillation": 0.0, "teacher": None}
+BASELINE_RECIPE |= LATER
 # The arguments of a training script that decide its weights.
-DECISIVE = ("epochs", "batch_size", "learning_rate", "seed", "holdout", "smoke")
+DECISIVE = (*BASELINE_RECIPE, "seed", "holdout", "smoke")
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,12 @@ class Recipe:
     distillation: float = 0.0  # the teacher's share of the loss
 
     @classmethod
-    def from_arguments(cls, args, start: str, **parts) -> "Recipe":
-        """The recipe that a training script's command line asks for, with `parts` of its own."""
-        return cls(args.epochs, args.batch_size, args.learning_rate, args.seed, start, **parts)
+    def from_arguments(cls, args, start: str) -> "Recipe":
+        """The recipe that a training script's command line asks for."""
+        given = {
+            field: getattr(args, field) for field in cls.__dataclass_fields__ if field != "start"
+        }
+        return cls(**given, start=start)
 
 
 def pick_device(name: str) -> torch.device:
