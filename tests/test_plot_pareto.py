@@ -190,8 +190,9 @@ def test_many_variants_on_one_front_are_drawn_within_seconds(count):
         assert not any(overlaps(a, b) for a, b in itertools.combinations(labels, 2))
 
 
-def test_all_text_lies_inside_the_picture():
-    figure = plot_pareto.draw(FOURTEEN)
+@pytest.mark.parametrize(("rows", "limits"), [(FOURTEEN, {}), (FOURTEEN[1::2], {"macs_m": 6})])
+def test_all_text_lies_inside_the_picture(rows, limits):
+    figure = plot_pareto.draw(rows, limits)
     figure.canvas.draw()
     box = figure.get_tightbbox()  # inches
     assert box.x0 >= 0 and box.y0 >= 0
