@@ -160,7 +160,7 @@ def check_quantization(quantization, graph: Graph, expected: dict) -> None:
         scales = weights[node.name]
         count = expected[f"{node.name}.weight"][1][0] if node.op == "conv" else 1
         right = isinstance(scales, list) and len(scales) == count
-        require(right, f"{node.name}: its weight scales are not {count}")
+        require(right, f"{node.name} needs {count} weight scales")
         finite = all(in_range(scale, *SCALES) for scale in scales)
         require(finite, f"a weight scale of {node.name} is not finite and positive")
 
