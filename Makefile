@@ -64,8 +64,9 @@ criteria: $(INSTALLED) ## which pruning criterion spares energy, on the validati
 smoke: $(INSTALLED) ## the whole chain on a small sample, in the folders named smoke/ (a minute)
 	$(foreach step,train_baseline prune_finetune quantize,$(PY) $(step).py --smoke$(newline))
 	$(foreach step,export_edge simulate_hardware evaluate plot_pareto,$(PY) $(step).py --smoke$(newline))
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## every test, one process a core
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal tests
+	$(PY) -m pytest -q -n auto --dist worksteal tests
 lint: $(INSTALLED) ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 benchmark: $(INSTALLED) ## training throughput, on a quiet machine
