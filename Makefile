@@ -34,7 +34,8 @@ hardware: all ## then .tflite and C of every variant, and what they cost on thre
 	$(PY) plot_pareto.py $(IN) --break-even
 	$(PY) evaluate.py $(IN)
 	$(PY) plot_pareto.py $(IN)
-headline reference: RUN = $@
+headline: RUN = headline
+reference: RUN = reference
 headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and hardware (hours)
 	$(PY) train_baseline.py $(IN) --headline
 	$(PY) prune_finetune.py $(IN) --headline
@@ -43,10 +44,10 @@ headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and ha
 	$(PY) quantize.py $(IN)
 	$(DEVICES)
 	$(SHOW)
-reference: $(INSTALLED) ## three seeds with controls, one sweep, and hardware (hours)
-	$(foreach seed,0 1 2,$(PY) train_baseline.py $(IN) --seed $(seed)$(newline))
-	$(foreach seed,0 1 2,$(foreach how,--sparsity=0.5 --sparsity=0 --criterion=l1, \
-		$(PY) prune_finetune.py $(IN) --seed $(seed) $(how)$(newline)))
+seed-%: $(INSTALLED)
+	$(PY) train_baseline.py $(IN) --seed $*
+	$(foreach how,--sparsity=0.5 --sparsity=0 --criterion=l1,$(PY) prune_finetune.py $(IN) --seed $* $(how)$(newline))
+reference: seed-0 seed-1 seed-2 ## three seeds (seed-0, ...) with controls, one sweep, and hardware (hours)
 	$(PY) prune_finetune.py $(IN) $(SWEEP)
 	$(PY) quantize.py $(IN)
 	$(DEVICES)

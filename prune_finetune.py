@@ -48,13 +48,14 @@ from edgecnn.cli import (
     sparsity,
 )
 from edgecnn.data import reload_training
+from edgecnn.distributed import process_0_leads
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
 from edgecnn.names import DEFAULT_CRITERIA, checkpoints_dir, method_name, variant_name
 from edgecnn.pruning import CRITERIA, hold_zeros, layer_sparsity_percent, prune_globally
 from edgecnn.step import Step, source_digests, variant_step
 from edgecnn.teacher import load_teacher
-from edgecnn.train import DECISIVE, LATER, Recipe, environment, fit, pick_device
+from edgecnn.train import DECISIVE, LATER, Recipe, environment, fit, follow, pick_device
 
 # The fine-tuning recipe, settled with --holdout.
 RECIPE = {"epochs": 5, "batch_size": 256, "learning_rate": 0.1} | LATER
@@ -173,7 +174,7 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
         validation,
         step.resume_path,
         step.code,
-        after_step=lambda: hold_zeros(model, masks),
+        after_step=functools.partial(hold_zeros, model, masks),
         teacher=teacher,
         epochs_after=epochs_after,
     )
@@ -185,6 +186,7 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
 
 
 @user_errors_exit_2
+@process_0_leads(follow)
 def main():
     args = parse_arguments()
     device, run = pick_device(args.device), run_name(args)

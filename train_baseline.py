@@ -25,6 +25,7 @@ from edgecnn.cli import Parser, add_data_arguments, data_source, parse_training_
 from edgecnn.data import describe as describe_data
 from edgecnn.data import kind_of, load_training
 from edgecnn.describe import describe
+from edgecnn.distributed import process_0_leads
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
 from edgecnn.names import variant_name
@@ -46,6 +47,7 @@ from edgecnn.train import (
     accuracy_percent,
     environment,
     fit,
+    follow,
     pick_device,
 )
 
@@ -114,6 +116,7 @@ def note_given(args, model, train, dataset, device) -> None:
 
 
 @user_errors_exit_2
+@process_0_leads(follow)
 def main():
     args = parse_arguments()
     device, run = pick_device(args.device), run_name(args)

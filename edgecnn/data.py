@@ -244,12 +244,14 @@ def augmented_batches(
     batch_size: int,
     generator: torch.Generator,
     dataset: DataSet,
+    share: slice = slice(None),
 ):
     """One epoch of shuffled, randomly cropped and flipped batches; a short last batch is dropped.
 
     padded: uint8 (N, C, H + 2 pad, W + 2 pad) on the training device, as pad_reflect gives it for
     crop_padding(dataset). Every random number comes from the CPU generator, and as
     many for every `augment`, so that an epoch's order is the same on any device and for each.
+    share: the part of each batch that is wanted, all by default.
     Yields normalized (B, C, H, W), (B,).
     """
     _, height, width = dataset.shape
@@ -264,7 +266,8 @@ def augmented_batches(
     )
     batch_size = min(batch_size, count)
     for start in range(0, count - batch_size + 1, batch_size):
-        part = slice(start, start + batch_size)
+        part = range(start, start + batch_size)[share]
+        part = slice(part.start, part.stop)
         index = order[part].to(device)
         dy, dx = offsets[:, part].to(device)
         images = windows[index, :, dy, dx]  # (B, C, H, W)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from edgecnn.data import augmented_batches, crop_padding, normalize, pad_reflect
 from edgecnn.dataset import DataSet
+from edgecnn.distributed import PROCESSES, RANK, replicated, send, share_of, total
 from edgecnn.errors import UserError
 from edgecnn.graph import batch_size
 from edgecnn.split import Split
@@ -70,8 +71,8 @@ def pick_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict:
     """What besides arguments and sources the bits of a run depend on."""
-    threads = torch.get_num_threads()
-    return {"device": str(device), "threads": threads, "torch_version": str(torch.__version__)}
+    counts = {"threads": torch.get_num_threads(), "processes": PROCESSES}
+    return {"device": str(device), **counts, "torch_version": str(torch.__version__)}
 
 
 def keep_freed_memory() -> None:
@@ -123,17 +124,20 @@ def distillation_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tenso
 def train_epoch(
     model, optimizer, recipe: Recipe, epoch: int, padded, labels, dataset, after_step, teacher
 ) -> dict:
-    """One epoch; returns its history row. Raises UserError when the loss stops being finite."""
+    """One epoch; returns its history row. Raises UserError when the loss stops being finite.
+
+    Of several processes each takes its share of every batch; the row is that of all of them.
+    """
     model.train()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
     batch_size = min(recipe.batch_size, len(labels))
-    steps = len(labels) // batch_size
+    steps, share = len(labels) // batch_size, share_of(batch_size)
     start, loss_sum, correct = time.perf_counter(), 0.0, 0
     bar = tqdm(
-        augmented_batches(padded, labels, batch_size, generator, dataset),
+        augmented_batches(padded, labels, batch_size, generator, dataset, share),
         desc=f"epoch {epoch + 1}/{recipe.epochs}",
         total=steps,
-        disable=not sys.stderr.isatty(),
+        disable=RANK > 0 or not sys.stderr.isatty(),
     )
     for step, (images, targets) in enumerate(bar):
         rate = one_cycle(epoch * steps + step, recipe.epochs * steps, recipe.learning_rate)
@@ -144,18 +148,21 @@ def train_epoch(
         if recipe.distillation:
             with torch.no_grad():
                 taught = teacher(images)
-            share = recipe.distillation
-            loss = (1 - share) * loss + share * distillation_loss(logits, taught)
-        loss_value = loss.item()
+            part = recipe.distillation
+            loss = (1 - part) * loss + part * distillation_loss(logits, taught)
+        weight = len(targets) / batch_size  # of this process's mean in that of the batch
+        right = (logits.argmax(1) == targets).sum().item()
+        loss_value, right = total(weight * loss.item(), right)
         if not math.isfinite(loss_value):
             bar.close()
             raise diverged(f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}")
         optimizer.zero_grad()
-        loss.backward()
+        (PROCESSES * weight * loss).backward()  # DistributedDataParallel takes the mean of them
         optimizer.step()
-        after_step()
+        if after_step:
+            after_step()
         loss_sum += loss_value
-        correct += (logits.argmax(1) == targets).sum().item()
+        correct += right
         if step % 10 == 9:
             bar.set_postfix(
                 loss=f"{loss_sum / (step + 1):.3f}", acc=f"{correct / (step + 1) / batch_size:.1%}"
@@ -169,6 +176,28 @@ def train_epoch(
     }
 
 
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """The optimizer of every training."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=MOMENTUM,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def follow(model, optimizer_state, done, recipe, *parts) -> None:
+    """What the other processes of a run do in fit(): its epochs after those `done`."""
+    keep_freed_memory()
+    optimizer = sgd(model, recipe)
+    optimizer.load_state_dict(optimizer_state)
+    replica = replicated(model, recipe.seed)
+    for epoch in range(done, recipe.epochs):
+        train_epoch(replica, optimizer, recipe, epoch, *parts)
+
+
 def fit(
     model: nn.Module,
     train: Split,
@@ -178,7 +207,7 @@ def fit(
     validation: Split | None = None,
     resume_path: Path | None = None,
     code: dict[str, str] | None = None,
-    after_step=lambda: None,
+    after_step=None,
     teacher: nn.Module | None = None,
     epochs_after: int = 0,
 ) -> list[dict]:
@@ -186,7 +215,8 @@ def fit(
 
     The state after every epoch goes to `resume_path`; found there, of the same recipe and `code`
     (a step's), the run continues from it and ends with the same bits as an uninterrupted one.
-    `after_step` runs after every optimizer step. `teacher`, in evaluation mode, is what
+    `after_step()` follows every optimizer step; of several processes in each of them, so that it has
+    to be what pickle takes. `teacher`, in evaluation mode, is what
     recipe.distillation needs; recipe.start tells which. `epochs_after` is how many the step will
     train after this call, for the printed estimate of the time left.
     Raises UserError on a non-finite loss or a resume file of other arguments.
@@ -195,23 +225,16 @@ def fit(
     model.to(device, memory_format=torch.channels_last)
     if teacher is not None:
         teacher.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        momentum=MOMENTUM,
-        nesterov=True,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizer = sgd(model, recipe)
     start = f"{recipe.start}, {dataset.fingerprint} {dataset.augment}, {len(train[1])} images"
     source = {"start": start, "code": code, **environment(device)}
     history = load_resume(resume_path, model, optimizer, recipe, source) if resume_path else []
     padded = pad_reflect(train[0].to(device), crop_padding(dataset))
-    labels = train[1].to(device)
+    parts = (padded, train[1].to(device), dataset, after_step, teacher)
+    send((model, optimizer.state_dict(), len(history), recipe, *parts), device)
+    replica = replicated(model, recipe.seed)
     for epoch in range(len(history), recipe.epochs):
-        row = train_epoch(
-            model, optimizer, recipe, epoch, padded, labels, dataset, after_step, teacher
-        )
+        row = train_epoch(replica, optimizer, recipe, epoch, *parts)
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise diverged(f"a weight stopped being finite in epoch {epoch + 1}")
         if validation is not None:

@@ -60,7 +60,8 @@ def test_a_fresh_clone_lists_every_step_in_order(clone):
     ]
     assert scripts(clone, "headline") == headline
     reference = scripts(clone, "reference")
-    assert reference[:13] == ["train_baseline.py"] * 3 + ["prune_finetune.py"] * 10
+    seed = ["train_baseline.py", *["prune_finetune.py"] * 3]
+    assert reference[:13] == [*seed * 3, "prune_finetune.py"]
     assert reference[13:17] == ["quantize.py", *DEVICES]
     criteria = ["train_baseline.py", *["prune_finetune.py"] * 4, "quantize.py", "evaluate.py"]
     assert scripts(clone, "criteria") == [*criteria, "benchmarks/criteria.py"]
@@ -93,6 +94,12 @@ def test_run_moves_a_target_into_folders_of_its_own(clone):
         assert all(f"--run {default}" in line or not default for line in commands(clone, target))
         moved = commands(clone, target, "RUN=mine")
         assert all("--run mine" in line and "readme" not in line for line in moved)
+
+
+def test_a_seed_is_a_target_of_its_own_so_that_several_run_at_once(clone):
+    seed = commands(clone, "seed-7", "RUN=mine")
+    assert len(seed) == 4 and all("--run mine --seed 7" in line for line in seed)
+    assert sorted(commands(clone, "-j3", "reference")) == sorted(commands(clone, "reference"))
 
 
 def test_the_makefile_is_short_and_help_names_every_target(clone):
