@@ -111,12 +111,19 @@ def is_lost_peer(error: BaseException) -> bool:
 # ---- what is sent ------------------------------------------------------------------------------
 
 
-def send(job: tuple | None, device: torch.device | str = "cpu") -> None:
-    """Give a job to the other processes, who put its tensors on a device of the same type."""
-    if PROCESSES > 1:
-        buffer = io.BytesIO()
-        torch.save(job, buffer)
-        dist.broadcast_object_list([torch.device(device).type, buffer.getvalue()])
+def send(job: tuple | None, kind: str = "cpu") -> None:
+    """Give a job to the other processes, who put its tensors on a device of the kind, cpu or cuda.
+
+    Raises UserError where a machine has more processes than GPUs.
+    """
+    if PROCESSES == 1:
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if kind == "cuda" and local > torch.cuda.device_count():
+        raise UserError(f"{local} processes for {torch.cuda.device_count()} GPUs; start one a GPU")
+    buffer = io.BytesIO()
+    torch.save(job, buffer)
+    dist.broadcast_object_list([kind, buffer.getvalue()])
 
 
 def receive() -> tuple | None:

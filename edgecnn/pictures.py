@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 from edgecnn.dataset import classes_problem
@@ -133,6 +132,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 def pictures_of(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """(path, label) of every file in the class folders, in the order that the module defines."""
+    from torchvision.datasets.folder import make_dataset  # seconds to import, needed here alone
 
     def visible(path: str) -> bool:
         inside = Path(path).relative_to(folder).parts

@@ -231,7 +231,7 @@ def fit(
     history = load_resume(resume_path, model, optimizer, recipe, source) if resume_path else []
     padded = pad_reflect(train[0].to(device), crop_padding(dataset))
     parts = (padded, train[1].to(device), dataset, after_step, teacher)
-    send((model, optimizer.state_dict(), len(history), recipe, *parts), device)
+    send((model, optimizer.state_dict(), len(history), recipe, *parts), device.type)
     replica = replicated(model, recipe.seed)
     for epoch in range(len(history), recipe.epochs):
         row = train_epoch(replica, optimizer, recipe, epoch, *parts)

@@ -1,80 +1,94 @@
 """Several processes train what one does, up to rounding; one that dies costs a line and no epoch."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY
+from torch import nn
 
-from edgecnn.checkpoint import load_checkpoint
-from edgecnn.distributed import ENDED
-from edgecnn.networks import EdgeCNN
+from edgecnn.data import load_sample
+from edgecnn.dataset import CIFAR10
+from edgecnn.distributed import ENDED, process_0_leads
+from edgecnn.errors import user_errors_exit_2
+from edgecnn.pruning import hold_zeros, weight_layers
+from edgecnn.train import Recipe, fit, follow
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SLOW = ("--learning-rate", "0.01")  # so that training does not blow rounding up
 
 
-def started(script: str, *arguments) -> list[subprocess.Popen]:
-    """The two processes of one run, by rank, started as a scheduler would."""
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    first = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*first, nn.Linear(8 * 15 * 15, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+
+
+def train(resume_path: Path | None = None) -> nn.Module:
+    """Three epochs with half of the weights held at zero, and a teacher."""
+    model = network(0)
+    masks = {n: p.weight > p.weight.median() for n, p in weight_layers(model).items()}
+    hold_zeros(model, masks)
+    # 195 images are shares of 97 and 98; a low rate keeps training from blowing rounding up
+    recipe = Recipe(3, 195, 0.02, seed=3, start="test", distillation=0.5)
+    where = (torch.device("cpu"), None, resume_path)
+    held = functools.partial(hold_zeros, model, masks)
+    taught = {"after_step": held, "teacher": network(1).eval()}
+    fit(model, load_sample()[0], CIFAR10, recipe, *where, **taught)
+    return model
+
+
+@user_errors_exit_2
+@process_0_leads(follow)
+def main():
+    torch.save(train(Path("resume.pt")).state_dict(), "done.pt")
+
+
+def started() -> list[subprocess.Popen]:
+    """The two processes of one run of this file, by rank, started as a scheduler would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["PYTHONPATH"] = str(REPOSITORY)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen(
-            [sys.executable, REPOSITORY / script, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | common | {"RANK": str(rank)},
-        )
-        for rank in range(2)
+        subprocess.Popen([sys.executable, __file__], env=os.environ | common | {"RANK": r}, **pipes)
+        for r in ("0", "1")
     ]
 
 
-def assert_same_training(start: dict, path, other) -> None:
-    """Both networks went the same way from `start`, apart by little of it, and by no zero."""
-    a, b = (load_checkpoint(p)["tensors"] for p in (path, other))
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        apart, way = (tensor - b[name]).norm(), (b[name] - start[name]).norm()
-        assert apart < 0.01 * way, f"{name}: {apart / way:.4f}"
-        assert torch.equal(tensor == 0, b[name] == 0)
-
-
-def test_two_processes_of_torchrun_train_what_one_does(workdir):
-    script, path = REPOSITORY / "train_baseline.py", workdir / "checkpoints/smoke/baseline_fp32.pt"
-    arguments = ["--smoke", "--batch-size", "128", *SLOW]  # six steps
-    said = subprocess.run(
-        [*TORCHRUN, script, *arguments], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert said.count("epoch 2/2") == said.count("wrote ") == 1
-    path.rename("two.pt")
-    run_main("train_baseline", *arguments, "--force")
-    torch.manual_seed(0)
-    assert_same_training(EdgeCNN().state_dict(), "two.pt", path)
-
-
-def test_a_process_that_dies_is_one_line_and_the_same_command_goes_on(copy):
-    path, resume = (copy / f"checkpoints/smoke/pruned_80_fp32.{end}" for end in ("pt", "resume.pt"))
-    arguments = ["--smoke", "--sparsity", "0.8", "--headline", "--epochs", "3", *SLOW]
-    arguments += ["--batch-size", "195"]  # shares of 97 and 98 images
-    first, second = started("prune_finetune.py", *arguments)
-    while not resume.exists() and first.poll() is None:
-        time.sleep(0.01)
+def test_a_process_that_dies_is_one_line_and_the_same_command_ends_as_one_process_does(workdir):
+    first, second = started()
+    while not os.path.exists("resume.pt") and first.poll() is None:
+        time.sleep(0.001)
     second.kill()
     assert first.communicate(timeout=60)[1] == f"error: {ENDED}\n" and first.returncode == 2
-    assert second.communicate() == ("", "") and resume.exists() and not path.exists()
-    first, second = started("prune_finetune.py", *arguments)
-    said = first.communicate(timeout=60)[0]
-    assert said.count("resuming after epoch") == said.count("wrote ") == 1
-    assert second.communicate() == ("", "") and first.returncode == second.returncode == 0
-    path.rename("two.pt")
-    run_main("prune_finetune", *arguments, "--force")
-    start = load_checkpoint(copy / "checkpoints/smoke/baseline_fp32.pt")["tensors"]
-    assert_same_training(start, "two.pt", path)
-    weight = load_checkpoint("two.pt")["tensors"]["fc1.weight"]
-    assert (weight == 0).float().mean() > 0.75
+    assert second.communicate() == ("", "") and not os.path.exists("done.pt")
+    first, second = started()
+    said = first.communicate(timeout=60)
+    assert said[0].count("resuming after epoch") == said[0].count("epoch 3/3") == 1
+    assert said[1] == "" and second.communicate() == ("", "")
+    assert first.returncode == second.returncode == 0
+    two, one, start = torch.load("done.pt"), train().state_dict(), network(0).state_dict()
+    assert two.keys() == one.keys()
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            apart, way = (two[name] - tensor).norm(), (tensor - start[name]).norm()
+            assert apart < 1e-3 * way, f"{name}: {apart / way:.5f}"
+        assert torch.equal(two[name] == 0, tensor == 0), name
+    assert (two["0.weight"] == 0).float().mean() >= 0.5
+
+
+def test_torchrun_starts_a_script_that_reads_prints_and_writes_once(workdir):
+    command = [*TORCHRUN, REPOSITORY / "train_baseline.py", "--smoke", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("epoch 1/1") == done.stdout.count("wrote ") == 1
+
+
+if __name__ == "__main__":
+    main()
