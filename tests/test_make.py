@@ -194,7 +194,7 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "headline", "resnet8")
+    run_main("plot_pareto", "--run", "reference", "resnet8", "edgeresnet")
     taught = ("--run", "headline", "--headline")
     run_main("train_baseline", *taught)
     run_main("prune_finetune", *taught)
