@@ -10,6 +10,7 @@ define newline
 endef
 DEVICES = $(PY) export_edge.py $(IN) --images 10000$(newline)$(PY) simulate_hardware.py $(IN)$(newline)\
 	$(PY) simulate_hardware.py $(IN) --break-even$(newline)
+TABLE = $(PY) evaluate.py $(IN)$(newline)$(PY) plot_pareto.py $(IN)
 SHOW = $(PY) evaluate.py $(IN)$(newline)$(PY) evaluate.py $(IN) --docs$(newline)$(PY) plot_pareto.py $(IN)$(newline)
 SWEEP := --sparsity 0.5 0.7 0.8 0.9 0.95 --criterion energy
 .PHONY: all help sweep hardware headline reference criteria smoke test lint benchmark
@@ -17,23 +18,20 @@ all: $(INSTALLED) ## train, prune, quantize, table and picture of one seed (15 m
 	$(PY) train_baseline.py $(IN)
 	$(PY) prune_finetune.py $(IN)
 	$(PY) quantize.py $(IN)
-	$(PY) evaluate.py $(IN)
-	$(PY) plot_pareto.py $(IN)
+	$(TABLE)
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "CPU=1 takes CPU-only builds of torch; RUN=name works in checkpoints/name/, results/name/"
 sweep: all ## then gradual pruning to 50, 70, 80, 90 and 95 % zeros
 	$(PY) prune_finetune.py $(IN) $(SWEEP)
 	$(PY) quantize.py $(IN)
-	$(PY) evaluate.py $(IN)
-	$(PY) plot_pareto.py $(IN)
+	$(TABLE)
 hardware: all ## then .tflite and C of every variant, and what they cost on three targets
 	$(PY) export_edge.py $(IN)
 	$(PY) simulate_hardware.py $(IN)
 	$(PY) simulate_hardware.py $(IN) --break-even
 	$(PY) plot_pareto.py $(IN) --break-even
-	$(PY) evaluate.py $(IN)
-	$(PY) plot_pareto.py $(IN)
+	$(TABLE)
 headline: RUN = headline
 reference: RUN = reference
 headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and hardware (hours)
@@ -65,8 +63,9 @@ criteria: $(INSTALLED) ## which pruning criterion spares energy, on the validati
 smoke: $(INSTALLED) ## the whole chain on a small sample, in the folders named smoke/ (a minute)
 	$(foreach step,train_baseline prune_finetune quantize,$(PY) $(step).py --smoke$(newline))
 	$(foreach step,export_edge simulate_hardware evaluate plot_pareto,$(PY) $(step).py --smoke$(newline))
-test: $(INSTALLED) ## every test
-	$(PY) -m pytest -q tests
+test: export OMP_NUM_THREADS := 1
+test: $(INSTALLED) ## every test, one process a core
+	$(PY) -m pytest -q -n auto --dist worksteal tests
 lint: $(INSTALLED) ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 benchmark: $(INSTALLED) ## training throughput, on a quiet machine

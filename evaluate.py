@@ -9,6 +9,8 @@ Writes  results/metrics.json (with hardware.json's figures of the very same chec
     python evaluate.py --docs                                    # joins and renders, measures nothing
     python evaluate.py --budget flash_kib=512 ram_kib=64         # the best variant that fits
     python evaluate.py --budget board=stm32f405 accuracy=85      # reads metrics.json, at once
+    python evaluate.py --run headline resnet8 --budget board=stm32f405    # the best of all runs
+    python evaluate.py --run headline resnet8 --docs    # their front: results/front/headline_resnet8.md
     python evaluate.py --inspect checkpoints/pruned_50_int8.pt   # what a saved file holds
     python evaluate.py --smoke                                   # seconds, on the small sample
 """
@@ -20,15 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecnn.budget import HELP, answer, parse_budget
-from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_name
+from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
 from edgecnn.docs import TABLES, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import MADE_BY, json_bytes, read_rows
+from edgecnn.front import read_runs
 from edgecnn.hardware import read_hardware
 from edgecnn.names import results_dir
 from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
+from edgecnn.text import NAME_LENGTH
 
 # What needs torch is imported where it is used: --budget and --docs have to answer at once.
 if TYPE_CHECKING:
@@ -174,7 +178,7 @@ def parse_arguments():
         "--docs",
         action="store_true",
         help="measure nothing: join hardware.json into metrics.json again, write the tables, and "
-        "refresh the generated tables of README.md and docs/",
+        "refresh the generated tables of README.md and docs/; of several runs write the joint front",
     )
     parser.add_argument(
         "--holdout",
@@ -189,7 +193,7 @@ def parse_arguments():
         help="where FP32 variants run; INT8 always runs on the CPU (default: %(default)s)",
     )
     add_force_argument(parser)
-    add_run_arguments(parser)
+    add_run_arguments(parser, several="--budget and --docs take them all together")
     args = parser.parse_args()
     if sum(map(bool, (args.checkpoints, args.inspect, args.budget, args.docs))) > 1:
         parser.error("give one of --budget, --docs, --inspect and files")
@@ -209,16 +213,25 @@ def require_complete(paths: list[Path], metrics: Path) -> None:
         )
 
 
-def pick(args) -> None:
-    """Answer --budget from the run's metrics.json. Exits with 1 when no variant fits."""
-    limits, metrics = parse_budget(args.budget), results_dir(run_name(args)) / "metrics.json"
-    runs = sorted(path.parent.name for path in results_dir().glob("*/metrics.json"))
-    if runs and not metrics.exists():
-        raise UserError(f"{metrics} is missing; run: {MADE_BY}, or give --run {' or '.join(runs)}")
-    fits, text = answer(read_rows(metrics, {"size_bytes": (1, 1e15)}), limits)
+def pick(runs: list[str], words: list[str]) -> None:
+    """Answer --budget from the runs' metrics.json. Exits with 1 when no variant fits."""
+    limits = parse_budget(words)
+    there = sorted(path.parent.name for path in results_dir().glob("*/metrics.json"))
+    for metrics in (results_dir(run) / "metrics.json" for run in runs):
+        if there and not metrics.exists():
+            known = " or ".join(there)
+            raise UserError(f"{metrics} is missing; run: {MADE_BY}, or give --run {known}")
+    fits, text = answer(read_runs(runs, {"size_bytes": (1, 1e15)}), limits)
     print(text)
     if not fits:
         sys.exit(1)
+
+
+def network_name(origins: list[dict]) -> str | None:
+    """What a run's baselines were trained as, without folders; None where none, or several, say."""
+    given = [origin["arguments"].get("network") for origin in origins]
+    given = {str(name) for name in given if name}  # of old and of derived files none says it
+    return Path(*given).name[:NAME_LENGTH] if len(given) == 1 else None
 
 
 def measure(paths: list[Path], args) -> list[dict]:
@@ -227,19 +240,20 @@ def measure(paths: list[Path], args) -> list[dict]:
     from edgecnn.data import load_judging
     from edgecnn.train import pick_device
 
-    datasets = []
+    datasets, origins = [], []
     for path in paths:  # every file is checked before minutes are spent on the first
         checkpoint = load_checkpoint(path)
+        origins.append(checkpoint["provenance"])
         require_unseen_holdout(checkpoint, args.holdout and not args.smoke)
         datasets.append(dataset_of(checkpoint))
     if len(set(datasets)) > 1:
         raise UserError("these checkpoints were trained on different data; give each its own --run")
-    device = pick_device(args.device)
+    network, device = network_name(origins), pick_device(args.device)
     data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
     rows, hits = [], {}
     for path in paths:
         row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
-        rows.append(row)
+        rows.append({"variant": path.stem, "network": network} | row)
         print(f"{path.stem}: {row['accuracy_percent']:.2f} % of {len(data[1]):,} images")
     return sorted(compare(rows, hits), key=sort_key)
 
@@ -255,17 +269,18 @@ def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
 @user_errors_exit_2
 def main():
     args = parse_arguments()
-    folder = results_dir(run_name(args))
+    runs = run_names(args, several=bool(args.budget or args.docs))
     if args.budget:
-        return pick(args)
+        return pick(runs, args.budget)
     if args.docs:
-        return render(folder)
+        return render(runs)
+    folder = results_dir(runs[0])
     from edgecnn.checkpoint import find_checkpoints
     from edgecnn.inspection import inspection
 
     if args.inspect:
         return print(inspection(args.inspect))
-    paths = args.checkpoints or find_checkpoints(run_name(args))
+    paths = args.checkpoints or find_checkpoints(runs[0])
     if args.checkpoints:
         rows = measure(paths, args)
         return print(f"\n{accuracy_table(rows)}\n\n{cost_table(rows)}")

@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import itertools
 import re
 import sys
 import warnings
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -56,7 +55,7 @@ def count_macs(
 
     A use of a weight is booked on the layer that owns it, a product of activations on the running
     one. The model, but for a parameter overwritten in place, and the random states are left as they
-    were, also when the forward raises. On the meta device nothing is computed, non-zeros are None.
+    were, also when the forward raises. On the meta device nothing is computed.
     Raises TypeError for a TorchScript module, ValueError for a bad argument, for a lazy module
     without its shapes yet, or with every uncounted weight and operation named.
     """
@@ -75,15 +74,17 @@ def count_macs(
     if inputs is None:  # zeros, where and as the model's weights are
         if not input_size or not all(isinstance(n, int) and n > 0 for n in input_size):
             raise ValueError(f"input_size must be positive integers, not {input_size}")
-        stored = [*model.parameters(), *model.buffers(), torch.empty(0)]
-        dtype = next(t.dtype for t in stored if t.is_floating_point())
-        inputs = torch.zeros(1, *input_size, dtype=dtype, device=stored[0].device)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+        stored = (*model.parameters(), *model.buffers(), torch.empty(0))
+        like = next(t for t in stored if t.is_floating_point())
+        inputs = torch.zeros(1, *input_size, dtype=like.dtype, device=like.device)
+    args, kwargs = ([], dict(inputs)) if isinstance(inputs, dict) else (inputs, {})
+    args = [args] if isinstance(args, Tensor) else list(args)
 
-    # a fused kernel of attention would be one opaque operation
-    with restored(model), torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+    with restored(model):
+        # a forward may write to its inputs; of tensors of inference mode, products are not seen
+        args, kwargs = _copied([args, kwargs], {})
         mode = _MacMode(model, (args, kwargs), observe)
+        shapes = [tuple(t.shape) for t in _tensors((args, kwargs), set())]
         with mode:
             out = model(*args, **kwargs)
         mode.check_end(out)
@@ -96,7 +97,6 @@ def count_macs(
     layers = [row for row in mode.rows.values() if row.parameters or row.total_macs]
     for row in layers:
         row.bits = row.bits and (bits or row.bits)
-    shapes = [tuple(t.shape) for t in _tensors((args, kwargs), set())]
     return MacReport(layers, shapes, mode.folded_macs, uncounted)
 
 
@@ -189,17 +189,17 @@ class MacReport:
 
     def tree(self) -> str:
         """Every module with all that it holds: MACs of both kinds, their share, parameters."""
-        sums: dict[tuple[str, ...], tuple[int, int]] = {}
+        macs, parameters = Counter(), Counter()
         for row in self.layers:
-            path = (_ROOT, *(row.name.split(".") if row.name != _ROOT else ()))
-            for depth in range(len(path)):
-                macs, parameters = sums.get(path[: depth + 1], (0, 0))
-                sums[path[: depth + 1]] = macs + row.total_macs, parameters + row.parameters
+            path = (_ROOT, *row.name.split(".")) if row.name != _ROOT else (_ROOT,)
+            for part in itertools.accumulate((name,) for name in path):
+                macs[part] += row.total_macs
+                parameters[part] += row.parameters
         lines = [["module", "MACs", "share %", "params"]]
-        for path, (macs, parameters) in sums.items():
-            share = f"{100 * macs / max(1, self.total_macs):.1f}"
-            name = "  " * (len(path) - 1) + path[-1]
-            lines.append([name, f"{macs:,}", share, f"{parameters:,}"])
+        for part, count in macs.items():
+            share = f"{100 * count / max(1, self.total_macs):.1f}"
+            name = "  " * (len(part) - 1) + part[-1]
+            lines.append([name, f"{count:,}", share, f"{parameters[part]:,}"])
         return aligned(lines, 1)
 
 
@@ -239,9 +239,9 @@ def _shape(shape: tuple[int, ...]) -> str:
 # products of matrices
 _MATRICES = """aten.mm aten.bmm aten.mv aten.dot aten.vdot aten._int_mm aten._scaled_mm aten.addmm
     aten.baddbmm aten.addbmm aten.addmv aten._sparse_addmm quantized.matmul""".split()
-# layers, and which argument their weights start and end at
-_LAYERS = {"aten.convolution": (1, 2), "aten._trilinear": (1, 2)}  # nn.Bilinear is the latter
-_LAYERS |= {"aten._cudnn_rnn": (1, 2), "aten.mkldnn_rnn_layer": (1, 3)}
+# layers, and which argument follows their weights, which start at 1; nn.Bilinear is a _trilinear
+_LAYERS = {"aten.convolution": 2, "aten._trilinear": 2, "aten._cudnn_rnn": 2}
+_LAYERS |= {"aten.mkldnn_rnn_layer": 3}
 # layers of torch.ao, whose weights are packed
 _PACKED = re.compile(r"quantized\.(linear|conv|int4mm|quantized_).*|aten\.quantized_(lstm|gru)")
 # what a weight may meet an activation in without a multiplication worth counting
@@ -261,22 +261,17 @@ def _product(name: str, args: tuple, out) -> tuple[list, list, int] | None:
     if name in _MATRICES:  # (..., m, k) x (..., k, n) or (k,): left meets the n columns of right
         left, right = args[1:3] if "add" in name else args[:2]
         return [left], [right], left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
-    if name in _LAYERS:
-        start, end = _LAYERS[name]
-        left, weights = _tensors([args[:start], args[end:]]), _tensors(args[start:end])
-    elif _PACKED.fullmatch(name):
-        left, weights = _tensors(args), _unpacked(args)
-    else:
-        return None
+    end = _LAYERS.get(name, 1)
+    weights = _unpacked(args) if _PACKED.fullmatch(name) else _tensors(args[1:end])
     weights = [w for w in weights if w.ndim > 1]
-    if not (left and weights):  # it packs or unpacks
+    left = _tensors([args[:1], args[end:]]) if weights else []
+    if not left:  # no product, or it packs or unpacks
         return None
     # each weight is used once per position: of x (..., C), or of a convolution's output (N, C, ...)
-    counted, channels = left[0], -1
-    if "conv" in name:
-        transposed = "transpose" in name or name == "aten.convolution" and args[6]
-        counted, channels = left[0] if transposed else out, 1
-    positions = counted.numel() // max(1, counted.shape[channels])
+    convolves = "conv" in name
+    transposed = "transpose" in name or name == "aten.convolution" and args[6]
+    counted = out if convolves and not transposed else left[0]
+    positions = counted.numel() // max(1, counted.shape[1 if convolves else -1])
     return left, weights, positions * sum(w.numel() for w in weights)
 
 
@@ -315,8 +310,6 @@ _ROOT = "(model)"
 _HELPER = re.compile(r"(?:^|\.)(?:parametrizations|_packed_params|_all_weight_values)(?:\.|$)")
 # what is known of a tensor: computed from the model's input, or from which stored tensors
 _ACTIVE, _CONSTANT = None, frozenset()
-# what inference mode hands over whole
-_decomposes = functools.cache(torch._ops.OpOverload._can_decompose)
 
 
 def _layer(name: str) -> str:
@@ -403,9 +396,6 @@ class _MacMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _decomposes(func) and func is not torch.ops.prim.device.default:
-            with self:
-                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         name, outputs = str(func._overloadpacket), _tensors(out)
         states = [(t, self.state(t)) for t in _tensors((args, kwargs))]
@@ -446,30 +436,29 @@ class _MacMode(TorchDispatchMode):
             self.folded_macs += macs
             return None
         weights = right if left_active or is_stored[1] else left
-        owners = {_layer(n.rpartition(".")[0]) for w in weights for n in self.state(w) or ()}
+        names = {name for weight in weights for name in self.state(weight) or ()}
+        owners = {_layer(name.rpartition(".")[0]) for name in names}
         row = self.rows[owners.pop() if len(owners) == 1 else running]
         row.macs += macs
         nonzero, size = _sum(map(self.nonzero, weights)), sum(w.numel() for w in weights)
         row.nonzero_macs = _sum((row.nonzero_macs, nonzero and macs * nonzero // size))
-        row.bits = max(row.bits or 0, *map(self.bits, weights))
+        # a widened weight is as wide as the stored one, scales apart
+        width = max(w.element_size() for w in weights)
+        stored = [self.stored[name] for name in names]
+        widest = max((t.element_size() for t in stored if not _is_vector(t)), default=width)
+        row.bits = max(row.bits or 0, 8 * min(width, widest))
         if row.output_shape is None:  # its own forward did not run: a function uses the weight
             row.output_shape = tuple(outputs[0].shape)
         return row
-
-    def bits(self, weight: Tensor) -> int:
-        """Width of a weight, or of the stored tensor from which it was widened, scales apart."""
-        stored = [self.stored[name] for name in self.state(weight) or ()]
-        widths = [t.element_size() for t in stored if not _is_vector(t)]
-        return 8 * min(weight.element_size(), max(widths, default=weight.element_size()))
 
     def nonzero(self, tensor: Tensor) -> int | None:
         """How many elements are not zero, counted once; None on the meta device."""
         if tensor.is_meta:
             return None
-        key = None if tensor.is_inference() else tensor._version
+        key = (tensor.is_inference() or tensor._version,)
         if tensor.layout is torch.strided:  # a transposed view has the same elements
             strides = sorted(zip(tensor.stride(), tensor.shape, strict=True))
-            key = (key, tensor.storage_offset(), *strides)
+            key += (tensor.storage_offset(), *strides)
         counts = self.counts.setdefault(_storage(tensor), {})
         if key not in counts:
             # of a quantized tensor, zero is where an element equals its zero point
@@ -484,7 +473,7 @@ class _MacMode(TorchDispatchMode):
             self.uncounted.append(f"{where}, on packed weights")
         elif func.namespace not in ("aten", "prim", "prims", "quantized_decomposed"):
             self.uncounted.append(f"{where}, of another library")
-        elif func._overloadpacket in flop_registry or "attention" in name or name.endswith("mm"):
+        elif re.search(r"attention|convolution|conv\dd|\.linear|matmul|einsum|mm$", name):
             self.uncounted.append(where)
         else:
             may_mask = name.rstrip("_") in ("aten.mul", "aten.div")
@@ -522,34 +511,39 @@ def _storage(tensor: Tensor):
 
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and leave all that it keeps, and the random states, as before."""
+    """Eval mode without gradients, in which a forward works on copies of what the modules keep.
+
+    Afterwards the modules, but for a parameter overwritten in place, and the random states are as
+    before. A fused kernel or fast path of attention, one opaque operation, is not taken.
+    """
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-    containers = {dict, OrderedDict, defaultdict, list, deque, set}
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    boxes, kept, copies = [vars(module) for module in model.modules()], {}, {}
-    try:
-        for box in boxes:  # and the containers in it, which are appended as they are found
-            if id(box) in kept:
-                continue
-            kept[id(box)] = box, box.copy()
-            for key, value in list(box.items() if isinstance(box, dict) else enumerate(box)):
-                if type(value) in containers:
-                    boxes.append(value)
-                elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    copies.setdefault(id(value), value.detach().clone())
-                    if not isinstance(box, set):  # whose elements have no place
-                        box[key] = copies[id(value)]
-        for module in model.modules():
-            vars(module)["training"] = False  # not eval(), which a model may override
-        # the fast paths of attention and of the encoder layer run as one opaque operation
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices):
+    math = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+    kept, copies = [(module, vars(module)) for module in model.modules()], {}
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), math:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, own in kept:  # not eval(), which a model may override
+                object.__setattr__(module, "__dict__", _copied(own, copies) | {"training": False})
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for box, before in kept.values():
-            box.clear()
-            (box.extend if isinstance(box, (list, deque)) else box.update)(before)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, own in kept:
+                object.__setattr__(module, "__dict__", own)
+
+
+def _copied(value, copies: dict[int, object]):
+    """A container with copies of the tensors, but for parameters, and of the containers in it."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        copies[id(value)] = value.detach().clone()
+    elif type(value) in (dict, OrderedDict, defaultdict, list, deque, set):
+        copies[id(value)] = copied = value.copy()
+        if copied and not isinstance(value, set):  # whose elements have no place
+            for key, element in value.items() if isinstance(value, dict) else enumerate(value):
+                copied[key] = _copied(element, copies)
+    return copies.get(id(value), value)
 
 
 # ---------------------------------------------------------------- command line

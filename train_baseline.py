@@ -29,7 +29,13 @@ from edgecnn.distributed import process_0_leads
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.module import module_of, tensors_of
 from edgecnn.names import variant_name
-from edgecnn.networks import NETWORKS, default_input_shape, load_network, load_weights
+from edgecnn.networks import (
+    NETWORKS,
+    default_input_shape,
+    load_network,
+    load_weights,
+    network_file,
+)
 from edgecnn.rewrite import pool_before_relu
 from edgecnn.step import Step, variant_step
 from edgecnn.teacher import load_teacher
@@ -89,8 +95,7 @@ def baseline_step(args, run: str) -> Step:
     """The step of one baseline: its file of the network, its weights and its teacher are parents."""
     name = variant_name("baseline", "fp32", seed=args.seed)
     arguments = {key: getattr(args, key) for key in (*DECISIVE, *NETWORK)}
-    file = args.network.rpartition(":")[0]
-    parents = [path for path in (file and Path(file), args.weights, args.teacher) if path]
+    parents = [path for path in (network_file(args.network), args.weights, args.teacher) if path]
     before = LATER | dict.fromkeys(NETWORK) | {"network": "edgecnn", "data": "cifar10"}
     return variant_step(run, name, "train_baseline.py", arguments, parents, args.force, before)
 
@@ -138,7 +143,7 @@ def main():
         parts, teacher = (validation, step.resume_path, step.code), None
         if args.teacher:
             teacher = load_teacher(args.teacher, dataset, args.holdout)
-            lineage["teacher_sha256"] = step.digests[step.name_of(args.teacher)]
+            lineage["teacher_sha256"] = list(step.digests.values())[-1]  # of the last parent
         history = fit(model, train, dataset, recipe, device, *parts, teacher=teacher)
 
     origin = provenance(step.record.stem, args, **lineage, seed=args.seed, holdout=args.holdout)

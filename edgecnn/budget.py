@@ -206,11 +206,13 @@ def answer(rows: list[dict], limits: dict[str, float]) -> tuple[bool, str]:
     Raises UserError when no row has a figure that a limit needs.
     """
     rivals = competitors(rows, limits)
-    absent = len(lowest_seed_rows(rows)) - len(rivals)
+    first = lowest_seed_rows(rows)
+    absent = len(first) - len(rivals)
     fitting = ranked(rivals, limits)
     lines = [f"{len(fitting)} of {len(rivals)} variants fit."]
-    if len({row.get("seed", 0) for row in rows}) > 1:
-        lines[0] += f" Seed {min(row.get('seed', 0) for row in rows)} alone competes."
+    if len(first) < len(rows):
+        seeds = sorted({row.get("seed", 0) for row in first})
+        lines[0] += f" Seed {' or '.join(map(str, seeds))} alone competes."
     if absent:
         lines[0] += f" {absent} more lack a figure that the others have, and do not compete."
     if fitting:

@@ -9,6 +9,7 @@ arguments, versions, commit, date). It needs nothing else to be evaluated, expor
 import argparse
 import functools
 import hashlib
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,7 @@ def provenance(variant: str, args: argparse.Namespace, **fields) -> dict:
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()
-            if value is not None and key != "force"
+            if value is not None and key not in ("force", "data_dir")  # which decide nothing
         },
         "torch_version": str(torch.__version__),
         "commit": COMMIT,
@@ -71,7 +72,7 @@ def save_variant(
     Raises UserError when a file cannot be written.
     """
     graph, tensors = network
-    packed = origin["method"].startswith("pruned")
+    packed = "pruned" in origin["method"]
     stored = {
         name: pack(tensor) if packed and tensor.ndim > 1 else tensor.detach().cpu().contiguous()
         for name, tensor in tensors.items()
@@ -101,11 +102,8 @@ def made_by(path: Path) -> str | None:
         return None
     if name["method"] == "baseline":
         command = "python train_baseline.py"
-    elif name["method"] == "control":
-        command = "python prune_finetune.py --sparsity 0"
     else:
-        command = f"python prune_finetune.py --sparsity {float(name['percent']) / 100:g}"
-        command += f" --criterion {name['criterion']}" if name["criterion"] else ""
+        command = f"python prune_finetune.py {pruning_flags(path, name)}"
     command += f" --seed {name['seed']}" if name["seed"] else ""
     folder = path.parent.name if path.parent.parent == checkpoints_dir() else ""
     command += (
@@ -115,6 +113,20 @@ def made_by(path: Path) -> str | None:
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
     return command
+
+
+def pruning_flags(path: Path, name: re.Match) -> str:
+    """The flags of prune_finetune.py that make a variant of this name."""
+    if name["channels"] == name["method"]:
+        _, percent, *criterion = name["channels"].split("_")
+        flags, criterion = "--structure channels ", "".join(criterion)
+    else:
+        percent, criterion, flags = name["percent"] or 0, name["criterion"], ""
+        if name["channels"]:
+            seed = f"_seed{name['seed']}" * bool(name["seed"])
+            flags = f"--checkpoint {path.with_name(name['channels'] + seed + '_fp32.pt')} "
+    flags += f"--sparsity {float(percent) / 100:g}"
+    return flags + (f" --criterion {criterion}" if criterion else "")
 
 
 @functools.cache

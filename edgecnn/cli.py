@@ -90,14 +90,19 @@ def add_force_argument(parser: Parser) -> None:
     )
 
 
-def add_run_arguments(parser: Parser) -> None:
-    """Where a script reads and writes: --run, --smoke, --data-dir."""
+def add_run_arguments(parser: Parser, several: str = "") -> None:
+    """Where a script reads and writes: --run, --smoke, --data-dir.
+
+    several: what the script makes of several runs; then `run` is a list, see run_names.
+    """
     parser.add_argument(
         "--run",
         type=run_folder,
-        default="",
+        default=[""] if several else "",
+        nargs="+" if several else None,
         metavar="NAME",
-        help="work in checkpoints/NAME/ and results/NAME/ (default: checkpoints/ and results/)",
+        help="work in checkpoints/NAME/ and results/NAME/ (default: checkpoints/ and results/)"
+        + f"; several: {several}" * bool(several),
     )
     parser.add_argument(
         "--smoke",
@@ -219,6 +224,16 @@ def parse_training_arguments(parser: Parser, recipe: dict, headline: dict) -> ar
     chosen = chosen | ({"distillation": TEACHER_SHARE} if args.teacher else {})
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | chosen | given)
+
+
+def run_names(args: argparse.Namespace, several: bool) -> list[str]:
+    """The folder names of a script whose --run may take several.
+
+    Raises UserError for more than one where not `several`, and as run_name does.
+    """
+    if len(args.run) > 1 and not several:
+        raise UserError(f"--run {' '.join(args.run)}: this takes one run; give one")
+    return [run_name(argparse.Namespace(**vars(args) | {"run": run})) for run in args.run]
 
 
 def run_name(args: argparse.Namespace) -> str:

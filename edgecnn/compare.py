@@ -1,13 +1,14 @@
 """Variants held against one another: intervals, McNemar's test, dominance, seeds. Pure Python."""
 
 import math
+import re
 import statistics
 
 from edgecnn.errors import UserError
-from edgecnn.names import DEFAULT_CRITERION, variant_name
+from edgecnn.names import DEFAULT_CRITERIA, is_pruned, variant_name
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-METHOD_ORDER = ("baseline", "control", "pruned")
+METHOD_ORDER = ("baseline", "control", "pruned", "channels")
 CHANGE_KEYS = {
     "parent": "accuracy_change_points",
     "control": "accuracy_change_vs_control_points",
@@ -37,13 +38,9 @@ def mcnemar_p(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**n)  # integers up to the one division
 
 
-def dominates(a: dict, b: dict) -> bool:
-    """Whether `a` is at least as good as `b` in accuracy, bytes and energy score, and better in one."""
-    gains = [
-        a["accuracy_percent"] - b["accuracy_percent"],
-        b["size_bytes"] - a["size_bytes"],
-        b["relative_energy"] - a["relative_energy"],
-    ]
+def dominates(a: dict, b: dict, costs=("size_bytes", "relative_energy")) -> bool:
+    """Whether `a` is at least as good as `b` in accuracy and all costs, and better in one."""
+    gains = [a["accuracy_percent"] - b["accuracy_percent"], *(b[cost] - a[cost] for cost in costs)]
     return min(gains) >= 0 and max(gains) > 0
 
 
@@ -100,7 +97,7 @@ def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
     took more.
     """
     fp32 = [v if v["precision"] == "fp32" else by_name.get(v["parent"]) for v in (row, control)]
-    if not row["method"].startswith("pruned") or None in fp32:
+    if not is_pruned(row["method"]) or None in fp32:
         return False
     start, epochs = ([v.get(key) for v in fp32] for key in ("parent_sha256", "epochs"))
     return start[0] is not None and start[0] == start[1] and epochs[0] == epochs[1]
@@ -120,7 +117,8 @@ def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
         parent = by_name.get(row["parent"])
         if parent is not None and parent["checkpoint_sha256"] != row["parent_sha256"]:
             parent = None  # the parent was trained again since: a difference would mean nothing
-        control = by_name.get(variant_name("control", row["precision"], seed=row["seed"]))
+        control = f"{row['method'].rpartition('pruned_')[0]}control"  # after the same channels
+        control = by_name.get(variant_name(control, row["precision"], seed=row["seed"]))
         control = control if control and equal_effort(row, control, by_name) else None
         baseline = by_name.get(variant_name("baseline", "fp32", seed=row["seed"]))
         baseline = baseline if baseline is not row else None
@@ -143,9 +141,14 @@ def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
 
 
 def sort_key(row: dict):
-    """Baseline, controls, then pruned variants by percent; the default criterion first; by seed."""
-    family, _, percent = row["method"].partition("_")
+    """Baseline, controls, then pruned variants by percent; the default criterion first; by seed.
+
+    Those with fewer channels come last, each followed by what was made of it.
+    """
+    family = row["method"].partition("_")[0]
     order = METHOD_ORDER.index(family) if family in METHOD_ORDER else len(METHOD_ORDER)
-    sparsity = float(percent) if percent.replace(".", "", 1).isdecimal() else 0.0
-    criterion = "" if row["criterion"] == DEFAULT_CRITERION else row["criterion"] or ""
-    return order, sparsity, criterion, group(row), row["seed"]
+    method = row["method"].replace("_control", "_0")
+    levels = [float(percent) for percent in re.findall(r"_(\d+(?:\.\d+)?)", method)]
+    default = row["criterion"] in DEFAULT_CRITERIA.values()
+    criterion = "" if default else row["criterion"] or ""
+    return order, levels, criterion, group(row), row["seed"]

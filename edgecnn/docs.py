@@ -9,13 +9,14 @@ from pathlib import Path
 
 from edgecnn.errors import UserError
 from edgecnn.files import json_bytes, read_rows, write_text
+from edgecnn.front import front_path, front_table, read_runs
 from edgecnn.hardware import read_break_even, read_hardware, with_hardware
 from edgecnn.names import results_dir
 from edgecnn.step import results_step
 from edgecnn.tables import SHORT, blocks, page
 
 TABLES = ("metrics.json", "table.md", "table_all.md")
-BLOCK = re.compile(r"<!-- begin: ([\w-]+) (\w+) -->\n(.*?)<!-- end: \1 \2 -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- begin: ([\w-]+) ([\w-]+) -->\n(.*?)<!-- end: \1 \2 -->", re.DOTALL)
 ANY = (0, 1e15)
 NEEDED = dict.fromkeys(("size_bytes", "macs", "macs_nonzero", "sparsity_percent"), ANY)
 NEEDED |= {"relative_energy": ANY}
@@ -73,15 +74,28 @@ def pages() -> list[Path]:
     ]
 
 
-def render(folder: Path) -> None:
-    """Join hardware.json again, write the run's tables, refresh every page's blocks; measure nothing."""
-    rows = read_rows(folder / "metrics.json", NEEDED)
-    step = results_step(folder, "evaluate", {}, {}, folder.glob("hardware.json"), TABLES)
-    contents = table_files(folder, rows, read_hardware(folder))
-    step.amend({folder / name: content for name, content in contents.items()})
+def render(runs: list[str]) -> None:
+    """Write the run's tables, of several runs their joint front; then refresh every page's blocks.
+
+    Measures nothing: hardware.json is joined again, several runs' metrics.json are taken as they are.
+    """
+    if len(runs) > 1:
+        path = front_path(runs, "md")
+        write_text(path, front_table(read_runs(runs, NEEDED)) + "\n")
+        print(f"wrote {path}")
+    else:
+        render_run(results_dir(runs[0]))
     for path in pages():
         text = path.read_text(encoding="utf-8")
         if refreshed(text) != text:
             write_text(path, refreshed(text))
             print(f"wrote {path}")
+
+
+def render_run(folder: Path) -> None:
+    """Join a run's hardware.json again and write its tables."""
+    rows = read_rows(folder / "metrics.json", NEEDED)
+    step = results_step(folder, "evaluate", {}, {}, folder.glob("hardware.json"), TABLES)
+    contents = table_files(folder, rows, read_hardware(folder))
+    step.amend({folder / name: content for name, content in contents.items()})
     print(f"wrote {', '.join(TABLES)} in {folder}")

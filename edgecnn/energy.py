@@ -145,7 +145,7 @@ def modelled_energy(
     flow = _Flow()
     report = count_macs(model, input_size, observe=flow, **options)
     stored: dict[str, int] = {}
-    with restored(model), torch.no_grad():
+    with restored(model):
         for layer, tensor, _is_weight in stored_tensors(model):
             stored[layer] = stored.get(layer, 0) + stored_bytes(tensor)
     rows = [

@@ -5,14 +5,19 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUGMENTATIONS = ("both", "flip", "crop", "none")  # random changes of training pictures
-DEFAULT_CRITERION = "layer-rank"  # left out of a variant's name, like seed 0
+# What `prune_finetune.py --structure` takes and its criterion, left out of a name, like seed 0.
+DEFAULT_CRITERIA = {"weights": "layer-rank", "channels": "macs"}
+# `channels_30_bytes_pruned_80_energy_seed1_int8`: channels went first, then weights of what was left.
+_LEVEL = r"_\d+(?:\.\d+)?"  # in percent
+_CRITERION = r"(?!seed\d|control_|pruned_)[a-z][a-z0-9-]*"
 NAME_PATTERN = re.compile(
-    r"(?P<method>baseline|control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>[a-z][a-z0-9-]*?))?)"
+    rf"(?P<method>baseline|(?=[cp])(?P<channels>channels{_LEVEL}(_{_CRITERION})?)?"
+    rf"((?(channels)_)(control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>{_CRITERION}))?))?)"
     r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
 )
 ALWAYS_SHOWN = ("baseline", "control", "pruned_50")  # the methods of every table and picture
 # Runs whose figures are in git, and of their files only some: the rest is not missed.
-COMMITTED_RUNS = ("reference", "headline", "ablation", "resnet8", "mnist")
+COMMITTED_RUNS = ("reference", "headline", "ablation", "resnet8", "edgeresnet", "mnist", "front")
 RENAMED_CRITERIA = {"l1-normalized": "layer-rank"}  # as files made before call it
 
 
@@ -26,13 +31,34 @@ def results_dir(run: str = "") -> Path:
     return Path("results") / run
 
 
-def variant_name(method: str, precision: str, criterion: str = DEFAULT_CRITERION, seed: int = 0):
+def method_name(structure: str, sparsity: float, parent: str) -> str:
+    """`pruned_<percent>`, `channels_<percent>`, or `control` without pruning.
+
+    After what the name of a parent without some of its channels says: `channels_30_pruned_80`.
+    """
+    if structure == "channels" and sparsity:
+        return f"channels_{100 * sparsity:g}"
+    return channels_prefix(parent) + (f"pruned_{100 * sparsity:g}" if sparsity else "control")
+
+
+def channels_prefix(variant: str) -> str:
+    """`channels_30_` of a variant that lost channels; empty for any other name."""
+    match = NAME_PATTERN.fullmatch(variant)
+    return f"{match['channels']}_" if match and match["channels"] else ""
+
+
+def is_pruned(method: str) -> bool:
+    """Whether a method takes weights or channels away, by its last part."""
+    return method.startswith(("pruned", "channels")) and not method.endswith("control")
+
+
+def variant_name(method: str, precision: str, criterion: str | None = None, seed: int = 0) -> str:
     """One naming scheme: `baseline_fp32`, `control_seed1_int8`, `pruned_50_l1_seed2_int8`.
 
-    method is `baseline`, `control` or `pruned_<percent>`.
+    method: see `method_name`; or `baseline`.
     """
     parts = [method]
-    if method.startswith("pruned") and criterion != DEFAULT_CRITERION:
+    if is_pruned(method) and criterion not in (None, *DEFAULT_CRITERIA.values()):
         parts.append(criterion)
     if seed:
         parts.append(f"seed{seed}")

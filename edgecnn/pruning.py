@@ -99,8 +99,9 @@ def prune_globally(
 @torch.no_grad()
 def hold_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     """Set every masked weight to +0.0 (a product with the mask could leave -0.0)."""
-    for name, layer in weight_layers(model).items():
-        layer.weight.masked_fill_(~masks[name], 0.0)
+    layers = weight_layers(model)
+    for name, mask in masks.items():
+        layers[name].weight.masked_fill_(~mask, 0.0)
 
 
 def layer_sparsity_percent(model: nn.Module) -> dict[str, float]:

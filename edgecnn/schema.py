@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import torch
 
 from edgecnn.dataset import DataSet
-from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, from_plain, shapes_of, tensor_shapes
+from edgecnn.graph import (
+    ACTIVATED,
+    INPUT,
+    MAX_MACS,
+    WEIGHTED,
+    Graph,
+    from_plain,
+    shapes_of,
+    tensor_shapes,
+)
 from edgecnn.module import Network
 from edgecnn.packing import check_packed
 from edgecnn.records import in_range, plain_problem
@@ -35,6 +44,7 @@ OPTIONAL_ORIGIN = {
     "variant": is_name,
     "holdout": lambda value: isinstance(value, bool),
     "parent_sha256": lambda value: value is None or is_text(value, NAME_LENGTH),
+    "whole_macs": lambda value: type(value) is int and 0 < value <= MAX_MACS,
     "teacher_sha256": lambda value: is_text(value, NAME_LENGTH),
 }
 

@@ -96,10 +96,12 @@ class Step:
         """Where a training leaves its state, until the result is written."""
         return self.outputs[0].with_suffix(".resume.pt")
 
-    def name_of(self, parent: Path) -> str:
-        """What the record calls a parent: its file's name, or its path where an earlier one has that."""
-        first = next(path for path in self.parents if path.name == parent.name)
-        return parent.name if parent == first else str(parent)
+    @property
+    def named_parents(self) -> dict[str, Path]:
+        """The parents by file name, those of several runs by run and file name."""
+        paths = dict.fromkeys(self.parents)  # a parent may teach its own child
+        one_name = len({path.name for path in paths}) < len(paths)
+        return {f"{p.parent.name}/{p.name}" if one_name else p.name: p for p in paths}
 
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
@@ -108,7 +110,7 @@ class Step:
         be written.
         """
         self.require_same_arguments()
-        self.digests = {self.name_of(p): sha256(p) for p in self.parents if p.is_file()}
+        self.digests = {n: sha256(path) for n, path in self.named_parents.items() if path.is_file()}
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
@@ -186,7 +188,7 @@ class Step:
     def changed_parents(self, recorded: dict, committed: bool) -> list[str]:
         """Names of parents that are not those recorded; one that is not here cannot have changed."""
         changed = [name for name, digest in self.digests.items() if recorded.get(name) != digest]
-        dropped = recorded.keys() - {self.name_of(path) for path in self.parents}
+        dropped = recorded.keys() - self.named_parents.keys()
         return changed + ([] if committed else sorted(dropped))
 
     def commit(self, contents: dict[Path, bytes], fields: dict | None = None) -> None:
@@ -216,7 +218,7 @@ class Step:
         record = self.read()
         if record is not None and isinstance(record.get("outputs"), dict):
             outputs = {p.name: hashlib.sha256(data).hexdigest() for p, data in contents.items()}
-            parents = {self.name_of(path): sha256(path) for path in self.parents}
+            parents = {name: sha256(path) for name, path in self.named_parents.items()}
             record["outputs"] |= outputs
             record["parents"] = record.get("parents", {}) | parents
             contents = contents | {self.record: json_bytes(record)}

@@ -9,7 +9,7 @@ import statistics
 from edgecnn.compare import CHANGE_KEYS, crossing, group
 from edgecnn.files import lowest_seed_rows
 from edgecnn.hardware import PICOJOULES_A_CYCLE, stm32l4r5_energy_uj
-from edgecnn.names import is_always_shown
+from edgecnn.names import is_always_shown, is_pruned
 from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8, TEST_SET
 from edgecnn.text import markdown_cell
 
@@ -143,16 +143,13 @@ def with_figures(rows: list[dict], *beginnings: str) -> list[dict]:
 
 
 def deployed(rows: list[dict]) -> list[dict]:
-    """The lowest seed's linked INT8 programs: the dense baseline, and the pruned front."""
+    """The lowest seed's linked INT8 programs: the whole baseline, and the pruned front."""
     linked = [r for r in lowest_seed_rows(rows) if r.get("m4_flash_bytes") is not None]
     return [
         row
         for row in linked
         if row["precision"] == "int8"
-        and (
-            row["method"] == "baseline"
-            or (row["method"].startswith("pruned") and not row["dominated_by"])
-        )
+        and (row["method"] == "baseline" or (is_pruned(row["method"]) and not row["dominated_by"]))
     ]
 
 
@@ -334,7 +331,7 @@ def lead_table(rows: list[dict], break_even: list[dict]) -> str:
 
     Empty without linked pruned variants or the dense kernels' count at no zeros.
     """
-    pruned = [row for row in deployed(rows) if row["method"] != "baseline"]
+    pruned = [row for row in deployed(rows) if row["method"].startswith("pruned")]
     start = next((row for row in break_even if row["zeros_percent"] == 0), None)
     if not pruned or start is None:
         return ""

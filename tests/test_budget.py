@@ -267,6 +267,34 @@ def test_a_fresh_clone_is_told_which_runs_there_are(tmp_path):
     assert "Best: " in run(tmp_path, "--run", "headline", "--budget", "flash_kib=200").stdout
 
 
+def test_several_runs_compete_and_the_answer_names_run_and_variant(tmp_path):
+    write_metrics(tmp_path, [r | {"test_set": "t"} for r in ROWS], "large")
+    other = [row("baseline_int8", 85.5, 150), row("baseline_seed1_int8", 99, 1, seed=1)]
+    write_metrics(tmp_path, [r | {"test_set": "t"} for r in other], "lean")
+    seed_1 = row("baseline_seed1_int8", 85.2, 120, seed=1, test_set="t")
+    write_metrics(tmp_path, [seed_1], "later")
+    said = run(tmp_path, "--run", "large", "lean", "--budget", "flash_kib=200")
+    first, best, *_, near = said.stdout.splitlines()
+    assert (said.returncode, said.stderr) == (0, "")
+    assert first == "3 of 6 variants fit. Seed 0 alone competes."
+    assert best == "Best: lean/baseline_int8, 85.50 %." and "large/pruned_50_int8" in near
+    said = run(tmp_path, "--run", "large", "later", "--budget", "flash_kib=130").stdout
+    assert said.startswith("2 of 6 variants fit.") and "Best: later/baseline_seed1_int8" in said
+
+
+def test_different_test_images_do_not_compete(tmp_path):
+    for name, test_set, images in (("a", "t", 100), ("b", "u", 100), ("c", "t", 99)):
+        rows = [r | {"test_set": test_set, "test_images": images} for r in ROWS]
+        write_metrics(tmp_path, rows, name)
+    write_metrics(tmp_path, ROWS, "unknown")
+    for name, problem in {"b": "b: u, 100 images", "c": "c: t, 99", "unknown": "test_set"}.items():
+        said = run(tmp_path, "--run", "a", name, "--budget", "flash_kib=200")
+        assert (said.returncode, said.stdout) == (2, "")
+        assert problem in said.stderr and said.stderr.count("\n") == 1
+    said = run(tmp_path, "--run", "a", "b")
+    assert said.returncode == 2 and "this takes one run" in said.stderr
+
+
 def test_answers_without_torch_or_numpy(tmp_path):
     """What makes the answer immediate: torch alone takes over a second to import."""
     write_metrics(tmp_path, ROWS)

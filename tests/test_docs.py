@@ -8,8 +8,10 @@ import shutil
 import pytest
 from conftest import REPOSITORY, fails, run_main
 
-from edgecnn.docs import BLOCK, pages, refreshed
+from edgecnn.docs import BLOCK, NEEDED, pages, refreshed
 from edgecnn.errors import UserError
+from edgecnn.files import sha256
+from edgecnn.front import front_table, read_runs
 
 # A figure and its comment: `93.4<!-- headline/pruned_93_energy_int8.m4_flash_bytes /1024 -->`.
 TRACE = re.compile(r"([-+−]?\d[\d,]*(?:\.\d+)?)<!-- ([\w/-]+)\.([\w.-]+)(?: ([*/][\d.e]+))? -->")
@@ -143,3 +145,25 @@ def test_docs_measures_nothing_and_joins_and_renders_everything(copied, capsys):
 
 def test_docs_without_a_run_is_one_line(workdir, capsys):
     assert "metrics.json is missing" in fails(capsys, workdir, "evaluate", "--docs")
+
+
+def test_the_joint_front_is_a_block_of_several_runs(copied, capsys):
+    shutil.copytree(REPOSITORY / "results/resnet8", copied / "results/my-own")
+    (copied / "results/headline/table.md").unlink()
+    block = "<!-- begin: front headline_my-own -->\n<!-- end: front headline_my-own -->\n"
+    (copied / "README.md").write_text(block)
+    run_main("evaluate", "--run", "headline", "my-own", "--docs")
+    assert "wrote results/front/headline_my-own.md\nwrote README.md" in capsys.readouterr().out
+    table = (copied / "results/front/headline_my-own.md").read_text()
+    assert table.startswith("| Network ") and "my-own/baseline_int8" in table
+    assert table in (copied / "README.md").read_text()
+    assert not (copied / "results/headline/table.md").exists()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "results/front").glob("*.md")), ids=str)
+def test_committed_joint_fronts_are_of_the_committed_metrics(path, here):
+    record = json.loads((path.parent / "steps" / f"{path.stem}.json").read_text())
+    runs = [name.removesuffix("/metrics.json") for name in record["parents"]]
+    assert "_".join(runs) == path.stem
+    assert front_table(read_runs(runs, NEEDED)) + "\n" == path.read_text(encoding="utf-8")
+    assert record["parents"] == {name: sha256(f"results/{name}") for name in record["parents"]}

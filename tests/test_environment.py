@@ -81,7 +81,9 @@ def test_stdout_without_unicode(folder):
 
 
 def test_interrupt_ends_in_one_line(workdir):
-    script = "import time\nfrom edgecnn.errors import user_errors_exit_2\n"
+    script = "import signal, time\nfrom edgecnn.errors import user_errors_exit_2\n"
+    # a test runner in the background may have left the signal ignored
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "user_errors_exit_2(lambda: (print('ready', flush=True), time.sleep(60)))()"
     command = [sys.executable, "-c", script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

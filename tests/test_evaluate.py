@@ -11,6 +11,7 @@ from edgecnn.docs import run_blocks
 from edgecnn.hardware import read_hardware, with_hardware
 from edgecnn.names import NAME_PATTERN, variant_name
 from edgecnn.tables import AXES, SHORT, better_axes, page
+from evaluate import network_name
 
 MACS = 10_848_768
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -55,6 +56,7 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
         assert r["macs"] == MACS and r["parameters"] == 620_362 and r["weights"] == 619_872
         path = smoke / r["checkpoint"]
         assert r["size_bytes"] == path.stat().st_size and r["checkpoint_sha256"] == sha256(path)
+        assert r["network"] == "edgecnn"  # as the baseline was trained, whatever came of it
         bits = 8 if name.endswith("int8") else 32
         assert r["relative_energy"] == pytest.approx(r["macs_nonzero"] / 1e6 * bits / 8, abs=1e-4)
         assert r["relative_energy_dense"] == pytest.approx(MACS / 1e6 * bits / 8, abs=1e-4)
@@ -74,6 +76,20 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
         assert not any(isinstance(value, list) for value in r.values())  # flat
     table = (smoke / "results/smoke/table_all.md").read_text()
     assert all(f"| {name} " in table for name in smoke_rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ([None, "resnet8", None], "resnet8"),
+        (["folder/nets.py:MyNet", "folder/nets.py:MyNet"], "nets.py:MyNet"),
+        ([None], None),
+        (["resnet8", "ds_cnn"], None),
+    ],
+)
+def test_a_run_has_the_network_that_its_baselines_name(given, name):
+    origins = [{"arguments": {"network": n} if n else {}} for n in given]
+    assert network_name(origins) == name
 
 
 def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):
@@ -106,7 +122,9 @@ def test_committed_tables_are_what_the_committed_json_renders(committed, monkeyp
 def test_committed_checkpoints_are_the_ones_that_were_measured(committed):
     seed_0 = [r for r in committed[2] if r["seed"] == 0]
     assert {r["variant"] for r in seed_0} >= {*VARIANTS, "control_fp32", "control_int8"}
-    for r in seed_0:
+    here = [r for r in seed_0 if (REPOSITORY / r["checkpoint"]).exists()]
+    assert {r["variant"] for r in here} >= {r["variant"] for r in seed_0 if r["bits"] == 8}
+    for r in here:
         path = REPOSITORY / r["checkpoint"]
         assert sha256(path) == r["checkpoint_sha256"] and path.stat().st_size == r["size_bytes"]
         assert load_checkpoint(path)["precision"] == r["precision"]

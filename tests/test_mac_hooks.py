@@ -157,6 +157,20 @@ def test_count_does_not_depend_on_the_grad_mode(grad):
 # ---------------------------------------------------------------- inputs and outputs
 
 
+def test_example_inputs_are_left_alone_also_those_of_inference_mode():
+    with torch.inference_mode():
+        x = torch.ones(1, 3, 3)
+        report = count_macs(Functional(lambda m, x: x.neg_() @ x), example_inputs=x)
+    assert (report.activation_macs, x.sum()) == (27, 9)
+
+
+def test_a_product_that_inference_mode_hides_in_a_nested_input_is_named():
+    with torch.inference_mode():
+        x = torch.ones(1, 3, 3)
+        with pytest.raises(ValueError, match=r"aten\.matmul inside \(model\)"):
+            count_macs(Functional(lambda m, pair: pair[0] @ pair[1]), example_inputs=((x, x),))
+
+
 def test_example_inputs_may_be_keyword_arguments():
     class Named(nn.Module):
         def __init__(self):

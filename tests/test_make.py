@@ -66,7 +66,9 @@ def test_a_fresh_clone_lists_every_step_in_order(clone):
     criteria = ["train_baseline.py", *["prune_finetune.py"] * 4, "quantize.py", "evaluate.py"]
     assert scripts(clone, "criteria") == [*criteria, "benchmarks/criteria.py"]
     assert set(scripts(clone, "smoke")) == {*ONE_SEED, *DEVICES}
-    assert commands(clone, "test", "lint")[0] == "-m pytest -q tests"
+    assert commands(clone, "test", "lint")[0].endswith(
+        "-m pytest -q -n auto --dist worksteal tests"
+    )
 
 
 def test_every_command_is_one_that_its_script_takes(clone, monkeypatch, workdir):
@@ -192,13 +194,14 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
+    run_main("plot_pareto", "--run", "reference", "resnet8", "edgeresnet")
     taught = ("--run", "headline", "--headline")
     run_main("train_baseline", *taught)
     run_main("prune_finetune", *taught)
     levels = ("--sparsity", 0.8, 0.9, 0.93, 0.95, "--criterion", "energy", "--epochs", 22)
     run_main("prune_finetune", *taught, *levels)
     said = capsys.readouterr().out
-    assert said.count("kept: ") > 50 and not re.search("^(making|wrote)", said, re.MULTILINE)
+    assert said.count("kept: ") > 45 and not re.search("^(making|wrote)", said, re.MULTILINE)
     assert snapshot(workdir) == before
 
 

@@ -65,6 +65,15 @@ def test_ds_cnn_macs_layer_by_layer():
     assert report.parameters == 40 * 64 + 4 * (9 * 64 + 64 * 64) + 9 * 2 * 64 + 64 * 12 + 12
 
 
+def test_edgeresnet_macs_layer_by_layer():
+    macs = 1024 * 27 * 16 + 256 * 9 * (16 * 32 + 2 * 32 * 32) + 64 * 9 * 5 * 32 * 32 + 320
+    weights = 27 * 16 + 9 * 16 * 32 + 9 * 7 * 32 * 32 + 320
+    report = count_macs(shipped("edgeresnet"), (3, 32, 32))
+    assert report.macs == macs == 9_290_048
+    assert report.weights == weights == 69_872
+    assert report.parameters == weights + 2 * (16 + 8 * 32) + 10
+
+
 def test_edgecnn_keeps_its_names_and_its_initial_bits():
     """SHA-256 of seed 5, as when the committed weights were trained."""
     torch.manual_seed(5)

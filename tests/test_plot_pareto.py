@@ -18,7 +18,10 @@ from conftest import REPOSITORY, run_main
 from matplotlib.collections import PolyCollection
 
 import plot_pareto
+from edgecnn import marks
 from edgecnn.compare import pareto_front
+from edgecnn.errors import UserError
+from edgecnn.front import read_runs
 from edgecnn.labels import overlaps
 from edgecnn.peers import ORIGINAL, TEST_SET
 
@@ -116,7 +119,7 @@ def references_in(panel):
     return {
         (float(line.get_xdata()[0]), float(line.get_ydata()[0]))
         for line in panel.lines
-        if line.get_color() == plot_pareto.GREY
+        if line.get_color() == marks.GREY
     }
 
 
@@ -187,8 +190,9 @@ def test_many_variants_on_one_front_are_drawn_within_seconds(count):
         assert not any(overlaps(a, b) for a, b in itertools.combinations(labels, 2))
 
 
-def test_all_text_lies_inside_the_picture():
-    figure = plot_pareto.draw(FOURTEEN)
+@pytest.mark.parametrize(("rows", "limits"), [(FOURTEEN, {}), (FOURTEEN[1::2], {"macs_m": 6})])
+def test_all_text_lies_inside_the_picture(rows, limits):
+    figure = plot_pareto.draw(rows, limits)
     figure.canvas.draw()
     box = figure.get_tightbbox()  # inches
     assert box.x0 >= 0 and box.y0 >= 0
@@ -203,6 +207,7 @@ def test_all_text_lies_inside_the_picture():
         ("pruned_50_int8", "50 %"),
         ("pruned_50_l1_fp32", "50 % L1"),
         ("my own network", "my own network"),
+        ("headline/pruned_50_int8", "50 %"),
         ("x" * 99, "x" * 23 + "…"),
     ],
 )
@@ -298,7 +303,7 @@ def with_figures(rows):
 
 def rings(panel):
     """Where the variants that meet the whole budget are marked."""
-    lines = [x for x in panel.lines if x.get_markersize() == plot_pareto.RING_POINTS]
+    lines = [x for x in panel.lines if x.get_markersize() == marks.RING_POINTS]
     return sorted((float(x.get_xdata()[0]), float(x.get_ydata()[0])) for x in lines)
 
 
@@ -382,6 +387,140 @@ def test_budget_gets_a_picture_of_its_own_and_user_errors(tmp_path):
         result = run(tmp_path, "--budget", *words)
         assert (result.returncode, result.stdout) == (2, "") and problem in result.stderr
         assert len(result.stderr.splitlines()) == 1 and content_of(folder) == before
+
+
+# Several runs ---------------------------------------------------------------------------------
+def small(rows, name, points, share, **more):
+    """The rows as another network's: so many points less accurate, all costs times `share`."""
+    costs = ("size_bytes", "macs_nonzero", "relative_energy")
+    costs += ("m4_flash_bytes", "stm32l4r5_energy_modelled_uj")
+    return [
+        {k: v * share if k in costs else v for k, v in r.items()}
+        | {"accuracy_percent": r["accuracy_percent"] - points, "network": name}
+        | more
+        for r in rows
+    ]
+
+
+def on_device(rows):
+    """The rows, the INT8 ones with figures of the Cortex-M4."""
+    figures = {"m4_flash_bytes": 2**20, "stm32l4r5_energy_modelled_uj": 1000}
+    share = {r["variant"]: r["macs_nonzero"] / 11e6 for r in rows}
+    return [
+        r | {key: value * share[r["variant"]] for key, value in figures.items()}
+        if r["variant"].endswith("int8")
+        else r
+        for r in rows
+    ]
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """The rows of three runs, joined; the last file does not name its network."""
+    rows = on_device(FOURTEEN)
+    for name, made in {
+        "first": [r | {"network": "edgecnn"} for r in rows],
+        "resnet8": small(rows, "resnet8", 2.0, 0.8),
+        "old": small(rows, None, 0.4, 0.3),
+    }.items():
+        write_metrics(tmp_path, made, name)
+    monkeypatch.chdir(tmp_path)
+    return read_runs(["first", "resnet8", "old"], {})
+
+
+def test_one_picture_shows_all_networks_and_the_joint_front(three):
+    figure = plot_pareto.draw(three, joint=True)
+    figure.canvas.draw()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[:3] == ["edgecnn", "resnet8", "old"] and "INT8" not in names
+    int8 = [r for r in three if r["variant"].endswith("int8")]  # the others lack two figures
+    keys = ("m4_flash_bytes", "macs_nonzero", "stm32l4r5_energy_modelled_uj")
+    for panel, key, unit in zip(figure.axes, keys, (1024, 1e6, 1), strict=True):
+        costs, accuracies = [r[key] / unit for r in int8], [r["accuracy_percent"] for r in int8]
+        front = pareto_front(costs, accuracies)
+        assert len({int8[i]["network"] for i in front}) == 2
+        filled = [x for x in panel.lines if x.get_markersize() == marks.MARKER_POINTS]
+        drawn = {(x, y, line.get_color()) for line in filled for x, y in line.get_xydata()}
+        styles = marks.styles_of(three, joint=True)
+        expected = {(costs[i], accuracies[i], styles[int8[i]["network"]][1]) for i in front}
+        assert drawn == expected
+        assert sorted(t.get_text() for t in panel.texts if t.get_text()) == sorted(
+            marks.short_label(int8[i]) for i in front
+        )
+        labels = [t.get_window_extent().extents for t in panel.texts if t.get_text()]
+        assert not any(overlaps(a, b) for a, b in itertools.combinations(labels, 2))
+        assert [a for _, a in references_in(panel)] == [86.97]  # the original's are not drawn
+    assert references_in(figure.axes[2]) == {(5496, 86.97)}  # measured, not modelled
+    theirs = [r | {"test_set": "validation split"} for r in three]
+    assert not any(map(references_in, plot_pareto.draw(theirs, joint=True).axes))
+
+
+def test_a_panel_shows_what_every_run_has(three):
+    bare = [
+        {k: v for k, v in r.items() if not (r["network"] == "old" and k.startswith(("m4", "stm")))}
+        for r in three
+    ]
+    labels = [panel.get_xlabel() for panel in plot_pareto.draw(bare, joint=True).axes]
+    assert "file size" in labels[0] and "relative energy score" in labels[2]
+    split = [
+        {k: v for k, v in r.items() if not k.startswith(("m4", "stm")[i % 2])}
+        for i, r in enumerate(r for r in three if r["variant"].endswith("int8"))
+    ]
+    with pytest.raises(UserError, match="no variant of these runs has all of m4_flash_bytes"):
+        plot_pareto.draw(split, joint=True)
+
+
+def test_marks_tell_networks_apart_without_colour_and_end(three):
+    assert len(dict(marks.NETWORKS)) == len({c for _, c in marks.NETWORKS}) == len(marks.NETWORKS)
+    for count in (len(marks.NETWORKS), len(marks.NETWORKS) + 1):
+        rows = [
+            r | {"network": f"$x^$ network number {n}, of a long name", "variant": f"run{n}/{v}"}
+            for n in range(count)
+            for r, v in ((r, r["variant"].rpartition("/")[2]) for r in three[:14])
+        ]
+        if count > len(marks.NETWORKS):
+            with pytest.raises(UserError, match="leave some out"):
+                plot_pareto.draw(rows, joint=True)
+            continue
+        figure = plot_pareto.draw(rows, {"macs_m": 6, "accuracy": 85}, joint=True)
+        figure.canvas.draw()
+        box = figure.get_tightbbox()
+        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()
+        legend, panel = (x.get_window_extent() for x in (figure.legends[0], figure.axes[0]))
+        assert legend.y0 >= panel.y1
+
+
+def test_the_joint_picture_is_kept_until_a_run_changes(three, tmp_path):
+    command = ("--run", "first", "resnet8", "old")
+    result = run(tmp_path, *command)
+    path = tmp_path / "results/front/first_resnet8_old.png"
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[0] == str(path.relative_to(tmp_path))
+    assert run(tmp_path, *command).stdout.startswith("kept: ")
+    for name in ("first", "old"):
+        metrics = tmp_path / "results" / name / "metrics.json"
+        metrics.write_text(metrics.read_text() + "\n")
+    said = run(tmp_path, *command).stdout
+    assert "anew: first/metrics.json, old/metrics.json changed" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["first", "first"], "twice"),
+        (["first", "none"], "results/none/metrics.json is missing"),
+        (["first", "digits"], "first: CIFAR-10 test set"),
+        (["first", "old", "--break-even"], "one run"),
+        (["first", "old", "--layers", "baseline_int8"], "one run"),
+        (["first", "old", "--metrics", "results/old/metrics.json"], "one run"),
+        (["first", "old", "--smoke"], "different folders"),
+    ],
+)
+def test_bad_runs_end_in_one_line(three, tmp_path, arguments, problem):
+    write_metrics(tmp_path, small(FOUR, "cnn", 0, 1, test_set="test set of digits"), "digits")
+    result = run(tmp_path, "--run", *arguments)
+    assert (result.returncode, result.stdout) == (2, "") and problem in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "results/front").exists()
 
 
 # Bad input ------------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ import pytest
 from conftest import REPOSITORY, hits_of, row
 
 from edgecnn.compare import compare
+from edgecnn.errors import UserError
+from edgecnn.front import front_table
 from edgecnn.hardware import PICOJOULES_A_CYCLE, with_hardware
 from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
 from edgecnn.tables import (
     AXES,
+    ENERGY,
     TITLES,
     better_axes,
     blocks,
@@ -197,3 +200,41 @@ def test_tables_have_seven_columns_and_one_unit_for_one_thing(run):
         assert len(cells(table)[0]) <= 7
         assert not re.search(r"\bkB\b|\bKB\b|\bMB\b|\buJ\b|\bmJ\b", table)
     assert page(found).count("### ") == len(found)
+
+
+# ---- the joint front ---------------------------------------------------------------------------
+
+
+def joined(name, accuracy, flash, energy, **more):
+    """A linked row of a joint table: `run/variant`, its costs as given and alike otherwise."""
+    costs = {"m4_flash_bytes": flash, ENERGY.format(""): energy, "m4_ram_bytes": 1, **more}
+    run = name.partition("/")[0]
+    made = linked(**{"accuracy_percent": accuracy, "macs_nonzero": 1e6}) | costs
+    return made | {"variant": name, "network": f"net of {run}"}
+
+
+def test_the_joint_table_is_the_front_and_says_who_dominates_whom():
+    rows = [
+        joined("a/dense", 90.0, 500_000, 3000),
+        joined("a/sparse", 88.0, 90_000, 2000),
+        joined("b/dense", 89.0, 100_000, 2500),
+        joined("b/worse", 87.0, 100_000, 2500),
+        joined("b/tie", 88.0, 90_000, 2000),  # equals do not dominate each other
+        joined("b/little_ram", 70.0, 500_000, 3000, m4_ram_bytes=0.5),
+        joined("b/better_but_not_linked", 99.0, None, 1),
+    ]
+    table, _, notes = front_table(rows).partition("\n\n")
+    lines = cells(table)
+    assert len(lines[0]) <= 7 and lines[0][:2] == ["Network", "Variant"]
+    expected = ["a/dense", "b/dense", "a/sparse", "b/tie", "b/little_ram"]
+    assert [line[1] for line in lines[2:]] == expected
+    assert lines[3][0] == "net of b" and lines[3][2:4] == ["89.00", "97.7"]
+    assert notes.startswith("Dominated: b/worse by b/dense. 1 more lack")
+    with pytest.raises(UserError, match="simulate_hardware"):
+        front_table(rows[-1:])
+
+
+def test_the_joint_table_takes_the_lowest_seed_of_each_run():
+    rows = [joined("a/x", 90, 5, 3, seed=1), joined("a/y", 91, 5, 3, seed=2)]
+    rows += [joined("b/x", 89, 4, 3, seed=0), joined("b/y", 95, 1, 1, seed=1)]
+    assert [line[1] for line in cells(front_table(rows))[2:]] == ["a/x", "b/x"]

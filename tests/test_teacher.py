@@ -54,14 +54,15 @@ def test_a_teacher_of_the_parents_name_is_a_parent_of_its_own(copy, other, capsy
     arguments = ("prune_finetune", "--smoke", "--sparsity", 0.6, "--epochs", 1, "--teacher", other)
     run_main(*arguments)
     record = json.loads((copy / "results/smoke/pruned_60_fp32.json").read_text())
-    assert record["parents"] == {"baseline_fp32.pt": sha256(BASELINE), str(other): sha256(other)}
+    name = f"{other.parent.name}/{other.name}"
+    assert record["parents"] == {"smoke/baseline_fp32.pt": sha256(BASELINE), name: sha256(other)}
     assert record["teacher_sha256"] == sha256(other) != record["parent_sha256"]
     capsys.readouterr()
     run_main(*arguments)
     assert capsys.readouterr().out.startswith("kept: ")
     changed(other, other, lambda c: c["tensors"]["fc2.bias"].add_(1))
     run_main(*arguments)
-    assert f"anew: {other} changed" in capsys.readouterr().out
+    assert f"anew: {name} changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

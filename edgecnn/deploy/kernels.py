@@ -305,6 +305,20 @@ def conv_choices(g: Geometry, weight: np.ndarray, groups: int, image: bool) -> l
     return [*dense, conv_sparse(g, weight)] if sparse_takes(g) else dense
 
 
+@cache
+def dense_conv_instructions(g: Geometry, groups: int, image: bool) -> float:
+    """Estimated instructions of a convolution without zeros: of the dense kernel that needs fewest."""
+    weight = np.ones((g.outputs, 1 if groups > 1 else g.inputs, g.kernel_height, g.kernel_width))
+    choices = conv_choices(g, weight.astype(np.int8), groups, image)
+    return min(c.instructions for c in choices if not c.kernel.endswith("_sparse"))
+
+
+@cache
+def dense_linear_instructions(outputs: int, inputs: int) -> float:
+    """Estimated instructions of a linear layer without zeros."""
+    return linear_dense(np.ones((outputs, inputs), np.int8)).instructions
+
+
 ROOMY = {"conv_direct": conv_direct, "conv_depthwise": conv_depthwise}  # take a `room`
 
 

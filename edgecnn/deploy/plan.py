@@ -19,6 +19,8 @@ from edgecnn.deploy.kernels import (
     Stored,
     chosen,
     conv_choices,
+    dense_conv_instructions,
+    dense_linear_instructions,
     geometry,
     linear_choices,
 )
@@ -306,6 +308,27 @@ def renamed(step: Step, alias: dict[str, str]) -> Step:
     """The step on the values that hold what its inputs name."""
     inputs, over = (tuple(alias.get(i, i) for i in names) for names in (step.inputs, step.over))
     return replace(step, inputs=inputs, over=over)
+
+
+def dense_instructions(graph: Graph) -> float:
+    """Estimated Cortex-M4 instructions of a deployed network's layers with weights, none of them zero.
+
+    A closed form of the graph's shapes, for pricing; poolings and additions that no convolution takes
+    along are left out.
+    """
+    shapes = shapes_of(graph)
+    nodes = [IntegerNode(n, shapes[n.name], (), 0, 0, HIGHEST) for n in graph.nodes]
+    fused = fusions(nodes)
+    flip, total = takes_image(nodes, fused), 0.0
+    for n in nodes:
+        (source, *_), shape = n.node.inputs, shapes[n.node.inputs[0]]
+        if n.node.op == "conv":
+            pool = n.node.name in fused and fused[n.node.name].node.op == "max_pool"
+            image, groups = flip and source == INPUT, n.node.options["groups"]
+            total += dense_conv_instructions(geometry(n, shape, pool), groups, image)
+        elif n.node.op == "linear":
+            total += dense_linear_instructions(*n.shape, *shape)
+    return total
 
 
 # ---- memory ------------------------------------------------------------------------------------
