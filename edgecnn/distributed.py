@@ -4,7 +4,7 @@ Process 0 is the run: it reads, decides, prints, evaluates and writes as a singl
 training it sends the others the network and the images; they take the same optimizer steps, each on
 its share of every batch, until process 0 ends. One process alone passes through here unchanged.
 
-    torchrun --nproc-per-node 2 train_baseline.py
+    torchrun --nproc-per-node 2 -- train_baseline.py    # without the -- torchrun misreads --run
 """
 
 import functools
