@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from edgecnn.energy import MAC_PJ, SRAM_PJ_PER_BYTE
+from edgecnn.energy import weight_energy_pj
 from edgecnn.errors import UserError
 from edgecnn.graph import (
     INPUT,
@@ -169,15 +169,21 @@ def macs(graph: Graph) -> int:
     return sum(macs_of(graph).values())
 
 
+def weights_of(graph: Graph) -> dict[str, int]:
+    """{layer: how many weights it has}."""
+    shapes = tensor_shapes(graph)
+    return {name: math.prod(shapes[f"{name}.weight"]) for name in macs_of(graph)}
+
+
 def weight_bytes(graph: Graph) -> int:
     """INT8 bytes of all weights; biases and scales, a few an output channel, left out."""
-    shapes = tensor_shapes(graph)
-    return sum(math.prod(shapes[f"{name}.weight"]) for name in macs_of(graph))
+    return sum(weights_of(graph).values())
 
 
 def energy_pj(graph: Graph) -> float:
-    """Picojoules of INT8 MACs and of each weight's fetch, at 45 nm: see energy.weight_energy_pj."""
-    return MAC_PJ[8] * macs(graph) + SRAM_PJ_PER_BYTE * weight_bytes(graph)
+    """Picojoules of all weights, in INT8 and in SRAM."""
+    uses = macs_of(graph)
+    return sum(n * weight_energy_pj(uses[name] // n, 8) for name, n in weights_of(graph).items())
 
 
 def instructions(graph: Graph) -> float:
