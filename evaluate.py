@@ -229,8 +229,8 @@ def pick(runs: list[str], words: list[str]) -> None:
 
 def network_name(origins: list[dict]) -> str | None:
     """What a run's baselines were trained as, without folders; None where none, or several, say."""
-    given = [origin["arguments"].get("network") for origin in origins]
-    given = {str(name) for name in given if name}  # of old and of derived files none says it
+    made = [o["arguments"] for o in origins if o["method"] == "baseline" and not o["parent"]]
+    given = {str(arguments.get("network", "edgecnn")) for arguments in made}  # once the only one
     return Path(*given).name[:NAME_LENGTH] if len(given) == 1 else None
 
 

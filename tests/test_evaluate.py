@@ -83,13 +83,18 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
     [
         ([None, "resnet8", None], "resnet8"),
         (["folder/nets.py:MyNet", "folder/nets.py:MyNet"], "nets.py:MyNet"),
-        ([None], None),
         (["resnet8", "ds_cnn"], None),
+        ([], None),
     ],
 )
 def test_a_run_has_the_network_that_its_baselines_name(given, name):
-    origins = [{"arguments": {"network": n} if n else {}} for n in given]
+    origins = [
+        {"method": "baseline", "parent": "baseline_fp32" * (not n), "arguments": {"network": n}}
+        for n in given
+    ]
     assert network_name(origins) == name
+    old = {"method": "baseline", "parent": None, "arguments": {}}  # of the time of one network
+    assert network_name([old]) == "edgecnn"
 
 
 def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):

@@ -194,7 +194,11 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "reference", "resnet8", "edgeresnet")
+    run_main("plot_pareto", "--run", "headline", "edgeresnet")
+    recipe = ("--run", "edgeresnet", "--headline", "--weight-decay", 3e-4, "--label-smoothing", 0.05)
+    run_main("train_baseline", "--network", "edgeresnet", *recipe)
+    teacher = "checkpoints/headline/baseline_fp32.pt"
+    run_main("prune_finetune", *recipe, "--sparsity", 0, "--epochs", 20, "--teacher", teacher)
     taught = ("--run", "headline", "--headline")
     run_main("train_baseline", *taught)
     run_main("prune_finetune", *taught)
