@@ -195,7 +195,15 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
     run_main("plot_pareto", "--run", "headline", "edgeresnet")
-    recipe = ("--run", "edgeresnet", "--headline", "--weight-decay", 3e-4, "--label-smoothing", 0.05)
+    recipe = (
+        "--run",
+        "edgeresnet",
+        "--headline",
+        "--weight-decay",
+        3e-4,
+        "--label-smoothing",
+        0.05,
+    )
     run_main("train_baseline", "--network", "edgeresnet", *recipe)
     teacher = "checkpoints/headline/baseline_fp32.pt"
     run_main("prune_finetune", *recipe, "--sparsity", 0, "--epochs", 20, "--teacher", teacher)

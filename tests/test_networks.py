@@ -66,12 +66,13 @@ def test_ds_cnn_macs_layer_by_layer():
 
 
 def test_edgeresnet_macs_layer_by_layer():
-    macs = 1024 * 27 * 16 + 256 * 9 * (16 * 32 + 2 * 32 * 32) + 64 * 9 * 5 * 32 * 32 + 320
-    weights = 27 * 16 + 9 * 16 * 32 + 9 * 7 * 32 * 32 + 320
+    macs = 1024 * (27 + 9 * 16) * 16 + 256 * 9 * (16 * 32 + 2 * 32 * 32)
+    macs += 64 * 9 * 5 * 32 * 32 + 320
+    weights = (27 + 9 * 16) * 16 + 9 * 16 * 32 + 9 * 7 * 32 * 32 + 320
     report = count_macs(shipped("edgeresnet"), (3, 32, 32))
     assert report.macs == macs == 11_649_344
     assert report.weights == weights == 72_176
-    assert report.parameters == weights + 2 * (16 + 8 * 32) + 10
+    assert report.parameters == weights + 2 * (2 * 16 + 8 * 32) + 10
 
 
 def test_edgecnn_keeps_its_names_and_its_initial_bits():
