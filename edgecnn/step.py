@@ -114,7 +114,7 @@ class Step:
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
-            print(f"kept: {shown}{note}")
+            print(f"kept: {shown}" + f"; {note}" * bool(note))
             return True
         if reason:
             print(f"making {self.outputs[0]} anew: {reason}")
@@ -181,7 +181,7 @@ class Step:
             return f"{spoiled[0]} is not the file that this step wrote", ""
         if not committed and (other or gone):
             return (f"other code ({what})" if other else f"{gone[0]} is gone"), ""
-        notes = [f" was made by other code ({what})"] if other else []
+        notes = [f"made by other code ({what})"] if other else []
         notes += [f"{gone[0]} is not here"] if gone else []
         return None, "; ".join([*notes, "--force makes it anew"]) if notes else ""
 

@@ -213,7 +213,9 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
     levels = ("--sparsity", 0.8, 0.9, 0.93, 0.95, "--criterion", "energy", "--epochs", 22)
     run_main("prune_finetune", *taught, *levels)
     said = capsys.readouterr().out
-    assert said.count("kept: ") > 45 and not re.search("^(making|wrote)", said, re.MULTILINE)
+    kept = [line for line in said.splitlines() if line.startswith("kept: ")]
+    assert all(re.fullmatch(r"kept: \S+\.[a-z]+(; \S.*)?", line) for line in kept)
+    assert len(kept) > 45 and not re.search("^(making|wrote)", said, re.MULTILINE)
     assert snapshot(workdir) == before
 
 

@@ -89,7 +89,7 @@ def test_a_committed_run_is_kept_whatever_code_made_it_but_not_with_other_parent
 ):
     folder = "results/reference"
     assert make(folder) and not make(folder, code="b")
-    assert "was made by other code (show.py); --force makes it anew" in capsys.readouterr().out
+    assert "made by other code (show.py); --force makes it anew" in capsys.readouterr().out
     (workdir / folder / "table.md").unlink()  # as files that git leaves out
     assert not make(folder, code="b")
     assert "results/reference/table.md is not here" in capsys.readouterr().out
