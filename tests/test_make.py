@@ -194,7 +194,7 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "headline", "edgeresnet")
+    run_main("plot_pareto", "--run", "headline", "channels", "edgeresnet")
     recipe = (
         "--run",
         "edgeresnet",
