@@ -28,7 +28,14 @@ from pathlib import Path
 
 from torch import nn
 
-from edgecnn.channels import CHANNEL_CRITERIA, KERNEL_COSTS, MULTIPLE, macs, prune_channels
+from edgecnn.channels import (
+    CHANNEL_CRITERIA,
+    KERNEL_COSTS,
+    MULTIPLE,
+    macs,
+    prune_channels,
+    require_reachable,
+)
 from edgecnn.checkpoint import (
     dataset_of,
     float_module,
@@ -135,6 +142,11 @@ def level_step(args: argparse.Namespace, run: str, parent: Path, baseline: Path)
     return step
 
 
+def whole_macs(checkpoint: dict) -> int:
+    """MACs of the network that a checkpoint's own was before any channel went."""
+    return checkpoint["provenance"].get("whole_macs", macs(graph_of(checkpoint)))
+
+
 def warn_of_empty_layers(model: nn.Module) -> None:
     """Say which layers pruning left without a weight: nothing of an image gets through them."""
     empty = [name for name, zeros in layer_sparsity_percent(model).items() if zeros == 100]
@@ -152,7 +164,7 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
     train, validation = data
     made = {"method": method_name(args.structure, args.sparsity, step.parents[0].stem)}
     made["criterion"] = args.criterion if args.sparsity else None
-    made["whole_macs"] = parent["provenance"].get("whole_macs", macs(graph))
+    made["whole_macs"] = whole_macs(parent)
     if args.structure == "channels" and args.sparsity:
         most = (1 - args.sparsity) * made["whole_macs"]
         graph, tensors = prune_channels(parent, most, args.criterion, args.multiple)
@@ -212,6 +224,9 @@ def main():
         if not step.kept():
             checkpoint = load_checkpoint(step.parents[0], "fp32")
             require_unseen_holdout(checkpoint, args.holdout)
+            if args.structure == "channels":  # the last level too, before the first one's epochs
+                most = (1 - args.sparsity[-1]) * whole_macs(checkpoint)
+                require_reachable(graph_of(checkpoint), most, args.multiple)
             epochs_after = (len(levels) - done) * args.epochs
             prune_level(level, step, checkpoint, *inputs(dataset_of(checkpoint)), epochs_after)
 

@@ -216,8 +216,9 @@ def kept_channels(
     smaller multiple; the last multiple stays. In each round that group gives way whose next channels
     have the least share of its remaining norm (LAMP's score, see pruning.lamp_scores) per `cost` saved.
     Once the MACs are few enough, what need not have gone comes back, the last to go first.
-    Raises UserError where they never are.
+    Raises UserError as require_reachable.
     """
+    require_reachable(graph, most_macs, multiple)
     places, shares = places_of(graph), norm_shares(graph, tensors)
     ranked = {group: values.sort(stable=True) for group, values in shares.items()}
     whole = widths_of(graph, places)
@@ -233,8 +234,6 @@ def kept_channels(
 
     while macs(left) > most_macs:
         open_groups = [group for group, width in widths.items() if next_width(width, multiple)]
-        if not open_groups:
-            raise UserError(unreachable(graph, left, multiple))
         group = min(open_groups, key=functools.partial(loss, before=cost(left)))
         widths[group] = next_width(widths[group], multiple)
         left = resized(graph, places, widths)
@@ -249,14 +248,19 @@ def kept_channels(
     return kept
 
 
-def unreachable(graph: Graph, left: Graph, multiple: int) -> str:
-    """Why no more channels can go: the message, with what to do."""
+def require_reachable(graph: Graph, most_macs: float, multiple: int) -> None:
+    """Raise UserError, with what to do, where more MACs are left with `multiple` channels a group."""
+    places = places_of(graph)
+    least = {group: min(width, multiple) for group, width in widths_of(graph, places).items()}
+    left = resized(graph, places, least)
+    if macs(left) <= most_macs:
+        return
     if left == graph:
-        return (
+        raise UserError(
             f"no channel can go: every group has at most {multiple} channels, or holds the image's "
             "or the classes; give a smaller --multiple, or take --structure weights"
         )
-    return (
+    raise UserError(
         f"with {multiple} channels left in every group {macs(left):,} of {macs(graph):,} MACs remain, "
         "no fewer; give a lower --sparsity or a smaller --multiple"
     )

@@ -214,6 +214,7 @@ def test_what_cannot_be_reached_is_said(smoke):
         (("--structure", "channels", "--multiple", 0), "not at least 1"),
         (("--structure", "channels", "--multiple", 256), "no channel can go"),
         (("--structure", "channels", "--sparsity", 0.999), "lower --sparsity"),
+        (("--structure", "channels", "--sparsity", 0.3, 0.999), "lower --sparsity"),
     ],
 )
 def test_a_command_that_cannot_be_done_ends_in_one_line(copy, capsys, arguments, said):
