@@ -104,7 +104,9 @@ def main():
     set_engine(args.engine)
     arguments = {key: getattr(args, key) for key in DECISIVE}
     folder, only = checkpoints_dir(run), [args.checkpoint] if args.checkpoint else []
-    for path in only or sorted(folder.glob("*_fp32.pt")) or [folder / "baseline_fp32.pt"]:
+    there = sorted(folder.glob("*_fp32.pt"))  # a clone may hold the INT8 ones alone
+    made = [path.with_stem(path.stem[:-4] + "fp32") for path in sorted(folder.glob("*_int8.pt"))]
+    for path in only or there or made or [folder / "baseline_fp32.pt"]:
         name = path.stem.removesuffix("_fp32") + "_int8"
         step = variant_step(run, name, "quantize.py", arguments, (path,), args.force)
         if not step.kept():
