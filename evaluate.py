@@ -32,7 +32,6 @@ from edgecnn.hardware import read_hardware
 from edgecnn.names import results_dir
 from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
-from edgecnn.text import NAME_LENGTH
 
 # What needs torch is imported where it is used: --budget and --docs have to answer at once.
 if TYPE_CHECKING:
@@ -227,33 +226,25 @@ def pick(runs: list[str], words: list[str]) -> None:
         sys.exit(1)
 
 
-def network_name(origins: list[dict]) -> str | None:
-    """What a run's baselines were trained as, without folders; None where none, or several, say."""
-    made = [o["arguments"] for o in origins if o["method"] == "baseline" and not o["parent"]]
-    given = {str(arguments.get("network", "edgecnn")) for arguments in made}  # once the only one
-    return Path(*given).name[:NAME_LENGTH] if len(given) == 1 else None
-
-
 def measure(paths: list[Path], args) -> list[dict]:
     """The rows of metrics.json, in the tables' order. Raises UserError before any work."""
     from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout
     from edgecnn.data import load_judging
     from edgecnn.train import pick_device
 
-    datasets, origins = [], []
+    datasets = []
     for path in paths:  # every file is checked before minutes are spent on the first
         checkpoint = load_checkpoint(path)
-        origins.append(checkpoint["provenance"])
         require_unseen_holdout(checkpoint, args.holdout and not args.smoke)
         datasets.append(dataset_of(checkpoint))
     if len(set(datasets)) > 1:
         raise UserError("these checkpoints were trained on different data; give each its own --run")
-    network, device = network_name(origins), pick_device(args.device)
+    device = pick_device(args.device)
     data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
     rows, hits = [], {}
     for path in paths:
         row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
-        rows.append({"variant": path.stem, "network": network} | row)
+        rows.append(row)
         print(f"{path.stem}: {row['accuracy_percent']:.2f} % of {len(data[1]):,} images")
     return sorted(compare(rows, hits), key=sort_key)
 

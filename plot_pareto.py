@@ -2,7 +2,7 @@
 
     python plot_pareto.py            # after python evaluate.py
     python plot_pareto.py --smoke    # the seconds-long run, after python evaluate.py --smoke
-    python plot_pareto.py --run headline resnet8              # one front over the runs' networks
+    python plot_pareto.py --run headline resnet8              # one front over several runs
     python plot_pareto.py --budget flash_kib=512 accuracy=85  # shades what a budget allows
     python plot_pareto.py --layers pruned_50_int8             # where one variant's costs sit
     python plot_pareto.py --break-even                        # where sparsity starts to pay
@@ -48,7 +48,7 @@ from edgecnn.marks import (
     has_ci,
     kind_of,
     legend_handles,
-    short_label,
+    short_labels,
     styles_of,
 )
 from edgecnn.names import results_dir
@@ -117,7 +117,8 @@ def draw_panel(panel, rows, costs, looks, references) -> None:
     for marker, cost, accuracy in references:
         panel.plot(cost, accuracy, marker, ms=MARKER_POINTS + 1, color=GREY, zorder=3)
     marks = points + [(cost, accuracy) for _, cost, accuracy in references]
-    names, colors = [short_label(rows[i]) for i in front], [looks[i][1] for i in front]
+    names, colors = short_labels(rows), [looks[i][1] for i in front]
+    names = [names[i] for i in front]
     label_points(panel, [points[i] for i in front], names, colors, marks, MARKER_POINTS)
 
 

@@ -23,7 +23,6 @@ def front_path(runs: list[str], end: str) -> Path:
 def read_runs(runs: list[str], needed: dict, optional: dict | None = None) -> list[dict]:
     """The rows of one run as they are; of several joined, each called `<run>/<variant>`.
 
-    Their `network` is what the file says, or else the run's name.
     Raises UserError for what files.read_rows refuses, a run given twice, and other test images.
     """
     if len(runs) == 1:
@@ -34,9 +33,7 @@ def read_runs(runs: list[str], needed: dict, optional: dict | None = None) -> li
     for run in runs:
         path = results_dir(run) / "metrics.json"
         for row in read_rows(path, needed | {"test_set": None}, optional):
-            name = path.parent.name
-            network = row.get("network") or name
-            rows.append(row | {"variant": f"{name}/{row['variant']}", "network": network})
+            rows.append(row | {"variant": f"{path.parent.name}/{row['variant']}"})
     images = {run_of(row): (row["test_set"], row.get("test_images")) for row in rows}
     if len(set(images.values())) > 1:
         told = ", ".join(f"{run}: {name}, {n} images" for run, (name, n) in images.items())
@@ -63,8 +60,7 @@ def front_table(rows: list[dict]) -> str:
         for row in rivals
     }
     parts = {
-        "Network": lambda row: row["network"],
-        "Variant": lambda row: row["variant"],
+        "Run and variant": lambda row: row["variant"],
         "Accuracy %": key("accuracy_percent", 1, 2),
         "Flash, KiB": key("m4_flash_bytes", KIB, 1),
         "RAM, KiB": key("m4_ram_bytes", KIB, 1),

@@ -1,15 +1,17 @@
 """How the Pareto picture draws and calls a variant: marker, colour, short name, legend. No torch.
 
-Marker and colour tell the precision, or the network where a picture has several. Colours are Okabe
+Marker and colour tell the precision, or the run where a picture has several. Colours are Okabe
 and Ito's, which colour-blind eyes tell apart; the shape alone does in grey.
 """
 
 import re
+from collections import Counter
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from edgecnn.errors import UserError
+from edgecnn.files import run_of
 from edgecnn.names import NAME_PATTERN
 from edgecnn.text import picture_text
 
@@ -17,7 +19,7 @@ GREY, GREEN, DARK = "#808080", "#009E73", "#444444"
 MARKER_POINTS, SMALL_MARKER_POINTS, RING_POINTS = 7, 4, 12
 OTHER = "other precision"
 PRECISIONS = {"FP32": ("o", "#0072B2"), "INT8": ("s", "#D55E00"), OTHER: ("D", "#009E73")}
-NETWORKS = (
+RUNS = (
     ("s", "#D55E00"),
     ("o", "#0072B2"),
     ("^", "#CC79A7"),
@@ -34,7 +36,7 @@ def cut(text: str) -> str:
     return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
 
 
-def short_label(row: dict) -> str:
+def short_label(row: dict, with_criterion: bool = True) -> str:
     """`pruned_50_l1_int8` -> `50 % L1` (the marker tells the rest); cut when long.
 
     `channels_30_pruned_80_int8` -> `ch 30 %, 80 %`.
@@ -42,10 +44,20 @@ def short_label(row: dict) -> str:
     text = row["variant"].rpartition("/")[2]
     match = NAME_PATTERN.fullmatch(text)
     if match:
-        text = re.sub(r"_([\d.]+)", r" \1 %", match["method"]).removeprefix("pruned ")
+        text = match["method"]
+        if not with_criterion:
+            text = re.sub(r"(_[\d.]+)_(?!control|pruned)[a-z][a-z0-9-]*", r"\1", text)
+        text = re.sub(r"_([\d.]+)", r" \1 %", text).removeprefix("pruned ")
         text = text.replace("_pruned", ",").replace("channels", "ch").replace("_l1", " L1")
         text = text.replace("_", " ")
     return cut(text)
+
+
+def short_labels(rows: list[dict]) -> list[str]:
+    """Each row's short label, with its criterion only where another of its kind has the same level."""
+    levels = [(run_of(row), precision(row), short_label(row, False)) for row in rows]
+    count = Counter(levels)
+    return [short_label(row, count[level] > 1) for row, level in zip(rows, levels, strict=True)]
 
 
 def precision(row: dict) -> str:
@@ -59,8 +71,8 @@ def has_ci(row: dict) -> bool:
 
 
 def kind_of(row: dict, joint: bool) -> str:
-    """What marker and colour tell of a row: its precision, or in a joint picture its network."""
-    name = row["network"] if joint else precision(row).upper()
+    """What marker and colour tell of a row: its precision, or in a joint picture its run."""
+    name = run_of(row) if joint else precision(row).upper()
     return name if joint or name in PRECISIONS else OTHER
 
 
@@ -69,9 +81,9 @@ def styles_of(rows: list[dict], joint: bool) -> dict[str, tuple[str, str]]:
     present = dict.fromkeys(kind_of(row, joint) for row in rows)
     if not joint:
         return {kind: style for kind, style in PRECISIONS.items() if kind in present}
-    if len(present) > len(NETWORKS):
-        raise UserError(f"{len(present)} networks, and {len(NETWORKS)} marks; leave some out")
-    return dict(zip(present, NETWORKS, strict=False))
+    if len(present) > len(RUNS):
+        raise UserError(f"{len(present)} runs, and {len(RUNS)} marks; leave some out")
+    return dict(zip(present, RUNS, strict=False))
 
 
 def legend_handles(rows, styles: dict, references, budget: bool) -> list:

@@ -25,7 +25,7 @@ SEVERAL = (
 )
 NAMES, NAMES_OR_NULL = ("variant", "layer"), ("parent", "dominated_by")
 LABELS = ("method", "precision", "test_set")  # shown, never null
-LABELS_OR_NULL = ("criterion", "network", "checkpoint_sha256", "parent_sha256")
+LABELS_OR_NULL = ("criterion", "checkpoint_sha256", "parent_sha256")
 CHANGES = ("points", "saved_percent")  # may be negative
 INTEGERS = ("seed", "test_images", "tflite_micro_images")
 

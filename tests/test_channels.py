@@ -29,9 +29,9 @@ from edgecnn.deploy.plan import choices_of, dense_instructions, network_of
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, from_plain, tensor_shapes, to_plain
+from edgecnn.marks import short_label
 from edgecnn.module import module_of
 from edgecnn.names import NAME_PATTERN, method_name, variant_name
-from plot_pareto import short_label
 
 FOLDER = "checkpoints/smoke"
 

@@ -11,7 +11,6 @@ from edgecnn.docs import run_blocks
 from edgecnn.hardware import read_hardware, with_hardware
 from edgecnn.names import NAME_PATTERN, variant_name
 from edgecnn.tables import AXES, SHORT, better_axes, page
-from evaluate import network_name
 
 MACS = 10_848_768
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -56,7 +55,6 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
         assert r["macs"] == MACS and r["parameters"] == 620_362 and r["weights"] == 619_872
         path = smoke / r["checkpoint"]
         assert r["size_bytes"] == path.stat().st_size and r["checkpoint_sha256"] == sha256(path)
-        assert r["network"] == "edgecnn"  # as the baseline was trained, whatever came of it
         bits = 8 if name.endswith("int8") else 32
         assert r["relative_energy"] == pytest.approx(r["macs_nonzero"] / 1e6 * bits / 8, abs=1e-4)
         assert r["relative_energy_dense"] == pytest.approx(MACS / 1e6 * bits / 8, abs=1e-4)
@@ -76,25 +74,6 @@ def test_rows_carry_exact_counts_and_provenance(smoke, smoke_rows):
         assert not any(isinstance(value, list) for value in r.values())  # flat
     table = (smoke / "results/smoke/table_all.md").read_text()
     assert all(f"| {name} " in table for name in smoke_rows)
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ([None, "resnet8", None], "resnet8"),
-        (["folder/nets.py:MyNet", "folder/nets.py:MyNet"], "nets.py:MyNet"),
-        (["resnet8", "ds_cnn"], None),
-        ([], None),
-    ],
-)
-def test_a_run_has_the_network_that_its_baselines_name(given, name):
-    origins = [
-        {"method": "baseline", "parent": "baseline_fp32" * (not n), "arguments": {"network": n}}
-        for n in given
-    ]
-    assert network_name(origins) == name
-    old = {"method": "baseline", "parent": None, "arguments": {}}  # of the time of one network
-    assert network_name([old]) == "edgecnn"
 
 
 def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):

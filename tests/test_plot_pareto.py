@@ -21,6 +21,7 @@ import plot_pareto
 from edgecnn import marks
 from edgecnn.compare import pareto_front
 from edgecnn.errors import UserError
+from edgecnn.files import run_of
 from edgecnn.front import read_runs
 from edgecnn.labels import overlaps
 from edgecnn.peers import ORIGINAL, TEST_SET
@@ -161,7 +162,8 @@ def test_the_front_alone_is_named_and_names_collide_with_nothing(rows, limits):
         key, unit, *_ = plot_pareto.panel_axis(n, rows, limits)
         costs, accuracies = [r[key] / unit for r in rows], [r["accuracy_percent"] for r in rows]
         front = pareto_front(costs, accuracies)
-        expected = sorted(plot_pareto.short_label(rows[i]) for i in front)
+        names = marks.short_labels(rows)
+        expected = sorted(names[i] for i in front)
         assert sorted(text.get_text() for text in texts) == expected
         labels = [text.get_window_extent().extents for text in texts]
         assert not any(overlaps(a, b) for a, b in itertools.combinations(labels, 2))
@@ -212,7 +214,21 @@ def test_all_text_lies_inside_the_picture(rows, limits):
     ],
 )
 def test_short_label(variant, label):
-    assert plot_pareto.short_label({"variant": variant}) == label
+    assert marks.short_label({"variant": variant}) == label
+
+
+def test_a_label_names_its_criterion_only_where_it_has_to():
+    of = {
+        "a/pruned_90_energy_int8": "90 %",
+        "a/pruned_50_int8": "50 %",
+        "a/pruned_50_l1_int8": "50 % L1",
+        "a/pruned_50_fp32": "50 %",  # the marker tells it from INT8
+        "b/pruned_50_lamp_int8": "50 %",
+        "b/channels_30_bytes_pruned_80_energy_int8": "ch 30 %, 80 %",
+        "b/channels_30_macs_control_int8": "ch 30 % control",
+        "b/mine": "mine",
+    }
+    assert marks.short_labels([{"variant": name} for name in of]) == list(of.values())
 
 
 # The picture ----------------------------------------------------------------------------------
@@ -390,13 +406,13 @@ def test_budget_gets_a_picture_of_its_own_and_user_errors(tmp_path):
 
 
 # Several runs ---------------------------------------------------------------------------------
-def small(rows, name, points, share, **more):
-    """The rows as another network's: so many points less accurate, all costs times `share`."""
+def small(rows, points, share, **more):
+    """The rows as another run's: so many points less accurate, all costs times `share`."""
     costs = ("size_bytes", "macs_nonzero", "relative_energy")
     costs += ("m4_flash_bytes", "stm32l4r5_energy_modelled_uj")
     return [
         {k: v * share if k in costs else v for k, v in r.items()}
-        | {"accuracy_percent": r["accuracy_percent"] - points, "network": name}
+        | {"accuracy_percent": r["accuracy_percent"] - points}
         | more
         for r in rows
     ]
@@ -416,37 +432,37 @@ def on_device(rows):
 
 @pytest.fixture
 def three(tmp_path, monkeypatch):
-    """The rows of three runs, joined; the last file does not name its network."""
+    """The rows of three runs, joined."""
     rows = on_device(FOURTEEN)
     for name, made in {
-        "first": [r | {"network": "edgecnn"} for r in rows],
-        "resnet8": small(rows, "resnet8", 2.0, 0.8),
-        "old": small(rows, None, 0.4, 0.3),
+        "first": rows,
+        "resnet8": small(rows, 2.0, 0.8),
+        "old": small(rows, 0.4, 0.3),
     }.items():
         write_metrics(tmp_path, made, name)
     monkeypatch.chdir(tmp_path)
     return read_runs(["first", "resnet8", "old"], {})
 
 
-def test_one_picture_shows_all_networks_and_the_joint_front(three):
+def test_one_picture_shows_all_runs_and_the_joint_front(three):
     figure = plot_pareto.draw(three, joint=True)
     figure.canvas.draw()
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[:3] == ["edgecnn", "resnet8", "old"] and "INT8" not in names
+    assert names[:3] == ["first", "resnet8", "old"] and "INT8" not in names
     int8 = [r for r in three if r["variant"].endswith("int8")]  # the others lack two figures
     keys = ("m4_flash_bytes", "macs_nonzero", "stm32l4r5_energy_modelled_uj")
     for panel, key, unit in zip(figure.axes, keys, (1024, 1e6, 1), strict=True):
         costs, accuracies = [r[key] / unit for r in int8], [r["accuracy_percent"] for r in int8]
         front = pareto_front(costs, accuracies)
-        assert len({int8[i]["network"] for i in front}) == 2
+        assert len({run_of(int8[i]) for i in front}) == 2
         filled = [x for x in panel.lines if x.get_markersize() == marks.MARKER_POINTS]
         drawn = {(x, y, line.get_color()) for line in filled for x, y in line.get_xydata()}
         styles = marks.styles_of(three, joint=True)
-        expected = {(costs[i], accuracies[i], styles[int8[i]["network"]][1]) for i in front}
+        expected = {(costs[i], accuracies[i], styles[run_of(int8[i])][1]) for i in front}
         assert drawn == expected
-        assert sorted(t.get_text() for t in panel.texts if t.get_text()) == sorted(
-            marks.short_label(int8[i]) for i in front
-        )
+        names = marks.short_labels(int8)
+        expected = sorted(names[i] for i in front)
+        assert sorted(t.get_text() for t in panel.texts if t.get_text()) == expected
         labels = [t.get_window_extent().extents for t in panel.texts if t.get_text()]
         assert not any(overlaps(a, b) for a, b in itertools.combinations(labels, 2))
         assert [a for _, a in references_in(panel)] == [86.97]  # the original's are not drawn
@@ -457,7 +473,7 @@ def test_one_picture_shows_all_networks_and_the_joint_front(three):
 
 def test_a_panel_shows_what_every_run_has(three):
     bare = [
-        {k: v for k, v in r.items() if not (r["network"] == "old" and k.startswith(("m4", "stm")))}
+        {k: v for k, v in r.items() if not (run_of(r) == "old" and k.startswith(("m4", "stm")))}
         for r in three
     ]
     labels = [panel.get_xlabel() for panel in plot_pareto.draw(bare, joint=True).axes]
@@ -470,15 +486,15 @@ def test_a_panel_shows_what_every_run_has(three):
         plot_pareto.draw(split, joint=True)
 
 
-def test_marks_tell_networks_apart_without_colour_and_end(three):
-    assert len(dict(marks.NETWORKS)) == len({c for _, c in marks.NETWORKS}) == len(marks.NETWORKS)
-    for count in (len(marks.NETWORKS), len(marks.NETWORKS) + 1):
+def test_marks_tell_runs_apart_without_colour_and_end(three):
+    assert len(dict(marks.RUNS)) == len({c for _, c in marks.RUNS}) == len(marks.RUNS)
+    for count in (len(marks.RUNS), len(marks.RUNS) + 1):
         rows = [
-            r | {"network": f"$x^$ network number {n}, of a long name", "variant": f"run{n}/{v}"}
+            r | {"variant": f"$x^$ run number {n}, of a long name/{v}"}
             for n in range(count)
             for r, v in ((r, r["variant"].rpartition("/")[2]) for r in three[:14])
         ]
-        if count > len(marks.NETWORKS):
+        if count > len(marks.RUNS):
             with pytest.raises(UserError, match="leave some out"):
                 plot_pareto.draw(rows, joint=True)
             continue
@@ -517,7 +533,7 @@ def test_the_joint_picture_is_kept_until_a_run_changes(three, tmp_path):
     ],
 )
 def test_bad_runs_end_in_one_line(three, tmp_path, arguments, problem):
-    write_metrics(tmp_path, small(FOUR, "cnn", 0, 1, test_set="test set of digits"), "digits")
+    write_metrics(tmp_path, small(FOUR, 0, 1, test_set="test set of digits"), "digits")
     result = run(tmp_path, "--run", *arguments)
     assert (result.returncode, result.stdout) == (2, "") and problem in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "results/front").exists()
