@@ -261,8 +261,9 @@ def fit(
 def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> list[dict]:
     """Restore a run's state and return its history; empty when there is nothing to resume.
 
-    A state of other starting weights, code or machine is left alone: its bits could not be continued.
-    Raises UserError for a damaged file, or one of other arguments.
+    A state of other starting weights or code is worth nothing any more, and is not continued.
+    Raises UserError for a damaged file, one of other arguments, and one of other threads, processes,
+    device or PyTorch, whose bits could not be continued: its epochs stay for whoever has those.
     """
     if not path.exists():
         return []
@@ -283,6 +284,14 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
         changed = ", ".join(f"{k} {theirs.get(k)}" for k in ours if theirs.get(k) != ours[k])
         raise UserError(
             f"{path} was written with {changed}; give the same, or --force to start again"
+        )
+    machine = {key: value for key, value in source.items() if key not in ("start", "code")}
+    other = [key for key in machine if key in before and before[key] != machine[key]]
+    if all(before.get(key) == source[key] for key in ("start", "code")) and other:
+        theirs, ours = (", ".join(f"{k} {d[k]}" for k in other) for d in (before, machine))
+        raise UserError(
+            f"{path} was written with {theirs}, and here it is {ours}: the bits would not be those of "
+            "one run; use the same (threads: OMP_NUM_THREADS), or --force to start again"
         )
     if before != source:
         changed = ", ".join(key for key in source if before.get(key) != source[key])

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, fails, run_main, snapshot
 
 from edgecnn.errors import UserError
 from edgecnn.files import atomic_path
-from edgecnn.train import Recipe
+from edgecnn.train import Recipe, train_epoch
 
 FOLDER = "checkpoints/smoke"
 PACKED = ("tensors", "fc1.weight", "coded")
@@ -262,6 +262,28 @@ def test_resume_of_another_start_begins_anew(copy, capsys):
     run_main("train_baseline", "--smoke", "--epochs", 1)
     assert "belongs to another start" in capsys.readouterr().out
     assert not path.exists()
+
+
+def test_resume_on_another_machine_is_refused_and_loses_nothing(workdir, capsys, monkeypatch):
+    real, epochs = train_epoch, []
+
+    def stop_after_one(*arguments):
+        if epochs:
+            raise RuntimeError("stopped")
+        epochs.append(real(*arguments))
+        return epochs[-1]
+
+    command = ("train_baseline", "--smoke", "--epochs", 2)
+    with monkeypatch.context() as stopping, pytest.raises(RuntimeError, match="stopped"):
+        stopping.setattr("edgecnn.train.train_epoch", stop_after_one)
+        run_main(*command)
+    threads = torch.get_num_threads()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch, "get_num_threads", lambda: threads + 1)
+        error = fails(capsys, workdir, *command)
+    assert f"was written with threads {threads}, and here it is threads {threads + 1}" in error
+    run_main(*command)
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_damaged_resume_file(copy, capsys):
