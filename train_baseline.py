@@ -21,7 +21,14 @@ import torch
 
 from edgecnn.capture import capture, check_classes
 from edgecnn.checkpoint import provenance, save_variant
-from edgecnn.cli import Parser, add_data_arguments, data_source, parse_training_arguments, run_name
+from edgecnn.cli import (
+    SMOKE_EPOCHS,
+    Parser,
+    add_data_arguments,
+    data_source,
+    parse_training_arguments,
+    run_name,
+)
 from edgecnn.data import describe as describe_data
 from edgecnn.data import kind_of, load_training
 from edgecnn.describe import describe
@@ -75,8 +82,9 @@ def parse_arguments():
     )
     add_data_arguments(parser)
     args = parse_training_arguments(parser, BASELINE_RECIPE, HEADLINE_RECIPE)
-    if args.weights and args.teacher:
-        parser.error("--weights are taken as they are: leave out --teacher")
+    untrained = BASELINE_RECIPE | ({"epochs": SMOKE_EPOCHS} if args.smoke else {})
+    if args.weights and any(getattr(args, key) != value for key, value in untrained.items()):
+        parser.error("--weights are taken as they are: leave out --teacher, --epochs and the like")
     return args
 
 

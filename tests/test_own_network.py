@@ -205,6 +205,9 @@ def test_given_weights_say_how_well_they_know_the_pictures(workdir, capsys):
     assert "note: 2 steps in all are few" in capsys.readouterr().out
     said = fails(capsys, workdir, "train_baseline", *own, "--run", "no", "--weights", "whole.pt")
     assert "torch.save(model.state_dict(), FILE)" in said
+    for idle in (("--epochs", 3), ("--headline",), ("--label-smoothing", 0.05)):
+        given = ("--run", "no", "--weights", "mine.pt", *idle)
+        assert "taken as they are" in fails(capsys, workdir, "train_baseline", *own, *given)
 
 
 def test_a_run_of_ones_own_may_hold_images_out(workdir, capsys):
