@@ -154,14 +154,13 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def replicated(model: nn.Module, seed: int) -> nn.Module:
+def replicated(model: nn.Module) -> nn.Module:
     """The model, its gradients averaged over the processes, its batch statistics of the whole batch.
 
-    It shares the weights of `model`. Dropout draws anew in each process.
+    It shares the weights of `model`.
     """
     if PROCESSES == 1:
         return model
-    torch.manual_seed(seed + RANK)
     if next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; torch has it for GPUs alone
     else:

@@ -130,6 +130,7 @@ def train_epoch(
     """
     model.train()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+    torch.manual_seed(generator.initial_seed() + RANK)  # dropout's draws, of a resumed run too
     batch_size = min(recipe.batch_size, len(labels))
     steps, share = len(labels) // batch_size, share_of(batch_size)
     start, loss_sum, correct = time.perf_counter(), 0.0, 0
@@ -193,7 +194,7 @@ def follow(model, optimizer_state, done, recipe, *parts) -> None:
     keep_freed_memory()
     optimizer = sgd(model, recipe)
     optimizer.load_state_dict(optimizer_state)
-    replica = replicated(model, recipe.seed)
+    replica = replicated(model)
     for epoch in range(done, recipe.epochs):
         train_epoch(replica, optimizer, recipe, epoch, *parts)
 
@@ -232,7 +233,7 @@ def fit(
     padded = pad_reflect(train[0].to(device), crop_padding(dataset))
     parts = (padded, train[1].to(device), dataset, after_step, teacher)
     send((model, optimizer.state_dict(), len(history), recipe, *parts), device.type)
-    replica = replicated(model, recipe.seed)
+    replica = replicated(model)
     for epoch in range(len(history), recipe.epochs):
         row = train_epoch(replica, optimizer, recipe, epoch, *parts)
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import run_main, same_bits
+from torch import nn
 
 from edgecnn.data import load_sample, normalize
 from edgecnn.dataset import CIFAR10
@@ -14,9 +15,10 @@ from edgecnn.networks import EdgeCNN
 from edgecnn.train import TEMPERATURE, Recipe, distillation_loss, fit, one_cycle
 
 
-def trained(epochs=2, seed=3, distillation=0.0, **keywords):
+def trained(epochs=2, seed=3, distillation=0.0, dropout=0.0, **keywords):
     torch.manual_seed(seed)
     model = EdgeCNN()
+    model.relu = nn.Sequential(nn.ReLU(), nn.Dropout(dropout))
     recipe = Recipe(epochs, 64, 0.1, seed=seed, start="test", distillation=distillation)
     history = fit(model, load_sample()[0], CIFAR10, recipe, torch.device("cpu"), **keywords)
     return model.state_dict(), history
@@ -66,10 +68,10 @@ def test_a_teacher_alone_draws_the_student_to_itself_and_stays_as_it_was():
     assert same_bits(trained(1, teacher=teacher)[0], trained(1)[0])
 
 
-@pytest.mark.parametrize("distillation", [0.0, 0.7])
-def test_resume_in_process_gives_the_same_bits(tmp_path, distillation):
+@pytest.mark.parametrize(("distillation", "dropout"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.3)])
+def test_resume_in_process_gives_the_same_bits(tmp_path, distillation, dropout):
     path = tmp_path / "run.resume.pt"
-    taught = {"distillation": distillation, "teacher": a_teacher()}
+    taught = {"distillation": distillation, "teacher": a_teacher(), "dropout": dropout}
     whole, _ = trained(epochs=3, **taught)
 
     class Stop(Exception):
