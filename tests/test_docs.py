@@ -155,7 +155,7 @@ def test_the_joint_front_is_a_block_of_several_runs(copied, capsys):
     run_main("evaluate", "--run", "headline", "my-own", "--docs")
     assert "wrote results/front/headline_my-own.md\nwrote README.md" in capsys.readouterr().out
     table = (copied / "results/front/headline_my-own.md").read_text()
-    assert table.startswith("| Network ") and "my-own/baseline_int8" in table
+    assert table.startswith("| Run and variant ") and "my-own/baseline_int8" in table
     assert table in (copied / "README.md").read_text()
     assert not (copied / "results/headline/table.md").exists()
 
