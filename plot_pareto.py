@@ -94,10 +94,11 @@ def front_corners(costs, accuracies, front, right: float) -> np.ndarray:
 # ---- the picture -------------------------------------------------------------------------------
 
 
-def draw_panel(panel, rows, costs, looks, references) -> None:
+def draw_panel(panel, rows, costs, looks, names, references) -> None:
     """Front line, filled and named front points, small hollow ones for the rest, grey references.
 
-    looks: (marker, colour) of each row; references: (marker, cost, accuracy) of points from elsewhere.
+    looks: (marker, colour) of each row; names: its label; references: (marker, cost, accuracy) of
+    points from elsewhere.
     """
     accuracies = [row["accuracy_percent"] for row in rows]
     front = pareto_front(costs, accuracies)
@@ -117,8 +118,7 @@ def draw_panel(panel, rows, costs, looks, references) -> None:
     for marker, cost, accuracy in references:
         panel.plot(cost, accuracy, marker, ms=MARKER_POINTS + 1, color=GREY, zorder=3)
     marks = points + [(cost, accuracy) for _, cost, accuracy in references]
-    names, colors = short_labels(rows), [looks[i][1] for i in front]
-    names = [names[i] for i in front]
+    names, colors = [names[i] for i in front], [looks[i][1] for i in front]
     label_points(panel, [points[i] for i in front], names, colors, marks, MARKER_POINTS)
 
 
@@ -170,6 +170,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
     figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=bottom, wspace=0.06)
     axes = figure.subplots(1, len(PANELS), sharey=True)
     drawn = {}  # what legend entries stand for
+    names = dict(zip((row["variant"] for row in rows), short_labels(rows), strict=True))
     own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
     own = [value for value in [*own, limits.get("accuracy")] if value is not None]
     theirs = [row["accuracy_percent"] for *_, row in others]
@@ -188,7 +189,9 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
         panel.set_axisbelow(True)
         if limits:
             shade(panel, here, costs, limits, bound)
-        draw_panel(panel, here, costs, [styles[kind_of(row, joint)] for row in here], references)
+        looks = [styles[kind_of(row, joint)] for row in here]
+        labels = [names[row["variant"]] for row in here]
+        draw_panel(panel, here, costs, looks, labels, references)
     figure.suptitle(
         f"What accuracy costs: memory, computation and energy{'' if joint else ' score'}",
         fontsize=14,

@@ -83,8 +83,11 @@ def parse_arguments():
     add_data_arguments(parser)
     args = parse_training_arguments(parser, BASELINE_RECIPE, HEADLINE_RECIPE)
     untrained = BASELINE_RECIPE | ({"epochs": SMOKE_EPOCHS} if args.smoke else {})
-    if args.weights and any(getattr(args, key) != value for key, value in untrained.items()):
-        parser.error("--weights are taken as they are: leave out --teacher, --epochs and the like")
+    idle = [key for key, value in untrained.items() if getattr(args, key) != value]
+    idle = ["headline"] * args.headline + [key for key in idle if key != "distillation"]
+    if args.weights and idle:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in idle)
+        parser.error(f"--weights are taken as they are, not trained: leave out {flags}")
     return args
 
 

@@ -130,7 +130,8 @@ def train_epoch(
     """
     model.train()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
-    torch.manual_seed(generator.initial_seed() + RANK)  # dropout's draws, of a resumed run too
+    # Dropout's draws: of a resumed run the same, of every process and epoch others.
+    torch.manual_seed(generator.initial_seed() * 1_009 + RANK + 1)
     batch_size = min(recipe.batch_size, len(labels))
     steps, share = len(labels) // batch_size, share_of(batch_size)
     start, loss_sum, correct = time.perf_counter(), 0.0, 0
@@ -220,7 +221,7 @@ def fit(
     to be what pickle takes. `teacher`, in evaluation mode, is what
     recipe.distillation needs; recipe.start tells which. `epochs_after` is how many the step will
     train after this call, for the printed estimate of the time left.
-    Raises UserError on a non-finite loss or a resume file of other arguments.
+    Raises UserError on a non-finite loss, and on a resume file of other arguments or another machine.
     """
     keep_freed_memory()
     model.to(device, memory_format=torch.channels_last)
@@ -290,9 +291,10 @@ def load_resume(path: Path, model, optimizer, recipe: Recipe, source: dict) -> l
     other = [key for key in machine if key in before and before[key] != machine[key]]
     if all(before.get(key) == source[key] for key in ("start", "code")) and other:
         theirs, ours = (", ".join(f"{k} {d[k]}" for k in other) for d in (before, machine))
+        hint = " (OMP_NUM_THREADS)" if "threads" in other else ""
         raise UserError(
             f"{path} was written with {theirs}, and here it is {ours}: the bits would not be those of "
-            "one run; use the same (threads: OMP_NUM_THREADS), or --force to start again"
+            f"one run; use the same{hint}, or delete that file to start this training again"
         )
     if before != source:
         changed = ", ".join(key for key in source if before.get(key) != source[key])
