@@ -30,8 +30,9 @@ RESNET8 = {
     "m4_cycles_modelled_high": 53.10e6,
     "stm32l4r5_energy_measured_uj": 5496,
 }
-# This project's dense network in CMSIS-NN, counted alike; zeros do not help it.
-CMSIS_NN = {"m4_instructions": 22.15e6, "m4_flash_bytes": 639_184, "m4_ram_bytes": 44_780}
+# This project's first network, dense, in CMSIS-NN, counted alike; zeros do not help it.
+CMSIS_NN = {"macs": 10_848_768, "weights": 619_872}
+CMSIS_NN |= {"m4_instructions": 22.15e6, "m4_flash_bytes": 639_184, "m4_ram_bytes": 44_780}
 
 # The table that this project started from, as published, by the variant of ours that answers a row.
 # Its pruned MACs and sizes were assumed (half of the dense ones), not counted. MB are 2^20 bytes.

@@ -176,13 +176,21 @@ def test_the_original_table_stands_beside_ours_axis_by_axis():
 
 def test_the_lead_is_split_into_network_kernels_and_zeros():
     start = {"zeros_percent": 0.0, "m4_dense_instructions": 8e6, "m4_dense_flash_bytes": 1024}
-    lines = cells(lead_table([linked(m4_instructions=4e6)], [start]))[2:]
+    row = linked(m4_instructions=4e6, macs=10_848_768, weights=619_872)
+    lines = cells(lead_table([row], [start]))[2:]
     assert [line[4:] for line in lines] == [
         ["-", "-"],
         ["1.3", "network"],
         ["2.8", "kernels"],
         ["2.0", "zeros"],
     ]
+    for other in ({"macs": 5e6}, {"weights": 78_000}):  # whose count in CMSIS-NN nobody has taken
+        lines = cells(lead_table([row | other], [start]))[2:]
+        assert [line[1:2] + line[4:] for line in lines] == [
+            ["CMSIS-NN", "-", "-"],
+            ["ours", "3.7", "network, kernels"],
+            ["ours", "2.0", "zeros"],
+        ]
     assert lead_table([linked()], []) == ""
 
 
