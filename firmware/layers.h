@@ -39,7 +39,7 @@ typedef struct {
     uint32_t flip;          /* 0x80808080 where `in` is the image, signed int8 = q - 128 */
     uint32_t zero;          /* the input's zero point, in each of four bytes */
     const int8_t *weights;  /* dense: order by kernel, below */
-    const uint8_t *entries; /* sparse: (step, value) bytes, an even number an output channel */
+    const uint8_t *entries; /* sparse: (step, value) bytes, by output channel */
     const uint32_t *starts; /* sparse: outputs + 1 offsets into entries, in bytes */
     requantize_t requantize;
     const add_t *add;       /* with `residual`: adds the output (a) and residual (b) */

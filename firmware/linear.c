@@ -64,6 +64,9 @@ void linear_sparse(const linear_t *layer, const uint8_t *in, uint8_t *out)
         const uint8_t *at = in;
         int32_t sum = offset_of(&layer->requantize, o);
 #define STEP at += *entry++, sum += *at * (int8_t)*entry++;
+        if ((end - entry) & 2) {
+            STEP
+        }
         if ((end - entry) & 4) {
             STEP STEP
         }

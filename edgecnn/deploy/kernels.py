@@ -22,6 +22,7 @@ GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # Scratch that a direct convolution fills with positions unless there is more room, and the most groups
 # of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
+SPARSE_ENTRIES = 128  # of a channel that conv_sparse adds up in one go (conv_sparse.c: MOST)
 MAX_SCRATCH_BYTES = 2**20
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
@@ -133,7 +134,7 @@ def sparse_entries(rows: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray,
     """(entries, starts): the non-zeros of int8 rows (O, K) whose kth input lies at addresses[k].
 
     An entry is two bytes, the step from the entry before and the value; a step above 255 takes
-    entries of value 0, and zero entries fill a row to an even number. starts: (O + 1,) byte offsets.
+    entries of value 0. starts: (O + 1,) byte offsets.
     """
     order = np.argsort(addresses, kind="stable")
     entries, starts = bytearray(), [0]
@@ -146,7 +147,6 @@ def sparse_entries(rows: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray,
                 at += MAX_STEP
             entries += bytes((address - at, int(value) & 0xFF))
             at = address
-        entries += bytes(-len(entries) % 4)
         starts.append(len(entries))
     return np.frombuffer(bytes(entries), np.uint8), np.array(starts, np.uint32)
 
@@ -261,6 +261,8 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     ends = [((y >> g.pool) * g.units[1] * g.outputs, (y, 0)) for y in range(2, out_rows, 2)]
     groups = half // GROUP
     band_columns = bands * rows * step * columns
+    counts = np.diff(starts.astype(int)) // 2
+    parts = np.where(counts > SPARSE_ENTRIES, ceil_div(counts, SPARSE_ENTRIES), 0).sum()
     features = {
         "layer": 1,
         "band": bands,
@@ -269,6 +271,7 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
         "band_output": bands * g.outputs,
         "row_group": out_rows * groups * g.outputs,
         "entry": out_rows * groups * len(entries) // 2,
+        "part": bands * groups * int(parts),
         "output": g.leaving,
     }
     arrays, scratch = {"entries": entries, "starts": starts}, 4 * g.inputs * rows * step * columns
