@@ -102,6 +102,16 @@ def test_every_traced_figure_is_the_committed_json(here):
 # ---- refreshing --------------------------------------------------------------------------------
 
 
+def test_the_answer_in_the_readme_is_what_its_command_prints(here, capsys):
+    command, answer = re.search(
+        r"python evaluate\.py (--run headline --budget .*)\n```\n\n```\n(.*?)```",
+        (REPOSITORY / "README.md").read_text(),
+        re.DOTALL,
+    ).groups()
+    run_main("evaluate", *command.split())
+    assert capsys.readouterr().out == answer
+
+
 @pytest.fixture
 def copied(workdir):
     shutil.copytree(REPOSITORY / "results/headline", workdir / "results/headline")
