@@ -65,14 +65,18 @@ def test_ds_cnn_macs_layer_by_layer():
     assert report.parameters == 40 * 64 + 4 * (9 * 64 + 64 * 64) + 9 * 2 * 64 + 64 * 12 + 12
 
 
-def test_edgeresnet_macs_layer_by_layer():
-    macs = 1024 * (27 + 9 * 16) * 16 + 256 * 9 * (16 * 32 + 2 * 32 * 32)
-    macs += 64 * 9 * 5 * 32 * 32 + 320
-    weights = (27 + 9 * 16) * 16 + 9 * 16 * 32 + 9 * 7 * 32 * 32 + 320
-    report = count_macs(shipped("edgeresnet"), (3, 32, 32))
-    assert report.macs == macs == 11_649_344
-    assert report.weights == weights == 72_176
-    assert report.parameters == weights + 2 * (2 * 16 + 8 * 32) + 10
+@pytest.mark.parametrize(
+    ("name", "width", "all_macs", "all_weights"),
+    [("edgeresnet", 32, 11_649_344, 72_176), ("edgeresnet_wide", 64, 35_832_448, 270_640)],
+)
+def test_edgeresnet_macs_layer_by_layer(name, width, all_macs, all_weights):
+    macs = 1024 * (27 + 9 * 16) * 16 + 256 * 9 * (16 * width + 2 * width * width)
+    macs += 64 * 9 * 5 * width * width + 10 * width
+    weights = (27 + 9 * 16) * 16 + 9 * 16 * width + 9 * 7 * width * width + 10 * width
+    report = count_macs(shipped(name), (3, 32, 32))
+    assert report.macs == macs == all_macs
+    assert report.weights == weights == all_weights
+    assert report.parameters == weights + 2 * (2 * 16 + 8 * width) + 10
 
 
 def test_edgecnn_keeps_its_names_and_its_initial_bits():
