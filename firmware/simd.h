@@ -32,7 +32,6 @@ static inline pair_t make_pair(int32_t low, int32_t high)
 
 static inline int32_t mac_pairs(pair_t a, pair_t b, int32_t sum) { return __smlad(a, b, sum); }
 /* One lane of a by one lane of b. */
-static inline int32_t mac_low(pair_t a, int32_t b, int32_t sum) { return __smlabb(a, b, sum); }
 static inline int32_t mac_high(pair_t a, int32_t b, int32_t sum) { return __smlatb(a, b, sum); }
 static inline int32_t mac_low_high(pair_t a, pair_t b, int32_t s) { return __smlabt(a, b, s); }
 static inline pair_t add_pairs(pair_t a, pair_t b) { return __sadd16(a, b); }
@@ -88,7 +87,6 @@ static inline pair_t low_lanes(pair_t a, pair_t b) { return (a & 0xffff) | b << 
 static inline pair_t high_lanes(pair_t a, pair_t b) { return a >> 16 | (b & 0xffff0000); }
 static inline int32_t low_of(pair_t a) { return (int16_t)a; }
 static inline int32_t high_of(pair_t a) { return (int16_t)(a >> 16); }
-static inline int32_t mac_low(pair_t a, int32_t b, int32_t s) { return s + low_of(a) * (int16_t)b; }
 static inline int32_t mac_high(pair_t a, int32_t b, int32_t s) { return s + high_of(a) * (int16_t)b; }
 
 static inline int32_t mac_low_high(pair_t a, pair_t b, int32_t s)
