@@ -20,11 +20,11 @@
 #define STEP_BYTES 34 /* of its code, an entry */
 
 /* Positions of half a row of outputs, in groups of four. */
-static inline int half_of(const conv_t *layer) { return CEIL_DIV(CEIL_DIV(layer->out_width, 2), 4) * 4; }
+static inline int half_of(int width) { return CEIL_DIV(CEIL_DIV(width, 2), 4) * 4; }
 
 static inline int columns_of(const conv_t *layer)
 {
-    return half_of(layer) + (layer->kernel_width - 1) / layer->stride_x;
+    return half_of(layer->out_width) + (layer->kernel_width - 1) / layer->stride_x;
 }
 
 static inline int rows_of(const conv_t *layer) { return layer->kernel_height + layer->stride_y; }
@@ -33,7 +33,7 @@ static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8
                                                 uint32_t *band)
 {
     int c_count = layer->inputs, columns = columns_of(layer), step = layer->stride_x;
-    int plane = rows_of(layer) * step * columns, half = half_of(layer);
+    int plane = rows_of(layer) * step * columns, half = half_of(layer->out_width);
     int whole = c_count & ~3, line = layer->width * c_count;
     uint32_t flip = layer->flip, zero = layer->zero, flips = (flip & 255) | (flip & 255) << LANE;
     uint8_t pad[4];
@@ -66,7 +66,7 @@ static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8
 
 /* One output channel's sums of eight positions of a row, and of as many in the next one. */
 typedef struct {
-    const uint8_t *entry;  /* the first one, less 2 bytes for each that the loop leaves out at first */
+    uintptr_t entry;       /* the first one, less 2 bytes for each that the loop leaves out at first */
     int32_t skipped;       /* bytes of code of those, and 1 */
     const uint8_t *end;
     int32_t *sums;         /* [rows][2 halves][4]; moves on by a row */
@@ -74,13 +74,16 @@ typedef struct {
     int32_t next_row;      /* bytes of scratch */
     const uint32_t *at;    /* where the last entry was read */
     int64_t start;         /* what the sums of a word begin with */
+    /* All of the channel, of any number of entries. */
+    const uint8_t *first, *behind;
+    int32_t offset, rows;
 } rows_t;
 
 /* At most MOST entries for `rows`. */
 static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
 {
     int count = (int)(end - entry) / 2, skipped = count ? -count & (UNROLLED - 1) : UNROLLED;
-    rows->entry = entry - 2 * skipped, rows->end = end;
+    rows->entry = (uintptr_t)entry - 2 * (uintptr_t)skipped, rows->end = end;
     rows->skipped = STEP_BYTES * skipped + 1;
 }
 
@@ -155,8 +158,9 @@ static void sum_rows(rows_t *rows, const uint32_t *at)
     for (; rows->sums != rows->last; rows->sums += 8, at += rows->next_row / 4) {
         int64_t words[4] = {rows->start, rows->start, rows->start, rows->start};
         rows->at = at;
-        for (const uint8_t *entry = rows->entry + rows->skipped / STEP_BYTES * 2; entry != rows->end;
-             entry += 2) {
+        uintptr_t skipped = 2 * (uintptr_t)(rows->skipped / STEP_BYTES);
+        const uint8_t *entry = (const uint8_t *)(rows->entry + skipped);
+        for (; entry != rows->end; entry += 2) {
             rows->at += entry[0];
             for (int i = 0; i < 4; i++) words[i] += (int64_t)rows->at[i] * (int8_t)entry[1];
         }
@@ -169,23 +173,68 @@ static void sum_rows(rows_t *rows, const uint32_t *at)
 }
 #endif
 
-/* sum_rows by any number of entries; rows->start is 0. */
-static __attribute__((noinline)) void sum_long_rows(rows_t *rows, const uint8_t *entry,
-                                                    const uint8_t *end, int32_t start,
-                                                    const uint32_t *at)
+/* sum_rows of a channel of more than MOST entries. */
+static __attribute__((noinline)) void sum_parts(rows_t *rows, const uint32_t *at, int32_t *sums)
 {
-    int32_t *sums = rows->sums, *last = rows->last, more[16];
-    int count = (int)(last - sums);
-    for (int i = 0; i < count; i++) sums[i] = start;
-    for (const uint8_t *stop; entry != end; entry = stop) {
-        stop = end - entry > 2 * MOST ? entry + 2 * MOST : end;
+    int32_t part[16];
+    int count = 8 * rows->rows;
+    for (int i = 0; i < count; i++) sums[i] = rows->offset;
+    for (const uint8_t *entry = rows->first, *stop; entry != rows->behind; entry = stop) {
+        stop = rows->behind - entry > 2 * MOST ? entry + 2 * MOST : rows->behind;
         take(rows, entry, stop);
-        rows->sums = more, rows->last = more + count;
+        rows->start = 0, rows->sums = part, rows->last = part + count;
         sum_rows(rows, at);
-        for (int i = 0; i < count; i++) sums[i] += more[i];
-        at = rows->at - (count / 8 - 1) * (rows->next_row / 4);
+        for (int i = 0; i < count; i++) sums[i] += part[i];
+        at = rows->at - (rows->rows - 1) * (rows->next_row / 4);
     }
-    rows->last = last;
+}
+
+/* sums[rows][2 halves][4] of a channel. */
+static inline void sum_channel(rows_t *rows, const uint32_t *at, int32_t *sums)
+{
+    if (rows->behind - rows->first > 2 * MOST) {
+        sum_parts(rows, at, sums);
+        return;
+    }
+    rows->sums = sums, rows->last = sums + 8 * rows->rows;
+    sum_rows(rows, at);
+}
+
+static inline uint8_t window(scale_t scale, const int32_t *upper)
+{
+    const int32_t *lower = upper + 8;
+    return (uint8_t)requantize(scale, larger(larger(upper[0], upper[1]), larger(lower[0], lower[1])));
+}
+
+/* Sets `rows` to an output channel. */
+static inline void take_channel(const conv_t *layer, int channel, rows_t *rows)
+{
+    const uint32_t *starts = layer->starts + channel;
+    rows->first = layer->entries + starts[0], rows->behind = layer->entries + starts[1];
+    rows->offset = offset_of(&layer->requantize, channel);
+    rows->start = rows->offset * ((1 << LANE) + (int64_t)1);
+    take(rows, rows->first, rows->behind);
+}
+
+/* Writes a row of windows. */
+static __attribute__((noinline)) void put_windows(const conv_t *layer, rows_t *rows,
+                                                  const uint32_t *scratch, uint8_t *out)
+{
+    int32_t sums[16];  /* [2 rows][2 halves][4] */
+    int width = layer->out_width, half = half_of(width), step = layer->outputs, far = half / 2 * step;
+    for (int channel = 0; channel < step; channel++, out++) {
+        scale_t scale = scale_of(&layer->requantize, channel);
+        const uint32_t *band = scratch;
+        uint8_t *to = out;
+        take_channel(layer, channel, rows);
+        for (int right = width - half; right > width - 2 * half; right -= 4, band += 4, to += 2 * step) {
+            sum_channel(rows, band, sums);
+            if (right + half >= 2) to[0] = window(scale, sums);
+            if (right + half >= 4) to[step] = window(scale, sums + 2);
+            if (right >= 2) to[far] = window(scale, sums + 4);
+            if (right >= 4) to[far + step] = window(scale, sums + 6);
+        }
+    }
 }
 
 /* `put` with an addition behind it. */
@@ -195,67 +244,51 @@ static __attribute__((noinline)) void put_added(const conv_t *layer, scale_t sca
 {
     const add_t add = *layer->add;
     int step = layer->outputs;
-    for (; count > 0; count--, out += step, residual += step)
-        *out = (uint8_t)add_bytes(&add, requantize(scale, *sums++), *residual);
+    for (int i = 0; i < 4 && i < count; i++, out += step, residual += step)
+        *out = (uint8_t)add_bytes(&add, requantize(scale, sums[i]), *residual);
 }
 
-/* Writes four positions of a row, or fewer at its end. */
+/* Writes four positions of a row, or the `count` that are left of it. */
 static inline void put(scale_t scale, const int32_t *sums, int count, int step, uint8_t *out)
 {
     for (int i = 0; i < 4 && i < count; i++, out += step) *out = (uint8_t)requantize(scale, sums[i]);
 }
 
-/* Writes two windows of two rows of sums, or fewer at its end. */
-static inline void put_pooled(scale_t scale, const int32_t *upper, int count, int step, uint8_t *out)
+/* Writes one row of positions, or two. */
+static __attribute__((noinline)) void put_rows(const conv_t *layer, rows_t *rows,
+                                               const uint32_t *scratch, const uint8_t *residual,
+                                               uint8_t *out)
 {
-    const int32_t *lower = upper + 8;
-    for (int i = 0; i < 4 && i + 1 < count; i += 2, out += step)
-        *out = (uint8_t)requantize(scale, larger(larger(upper[i], upper[i + 1]),
-                                                 larger(lower[i], lower[i + 1])));
+    int32_t sums[16];  /* [2 rows][2 halves][4] */
+    int width = layer->out_width, half = half_of(width), step = layer->outputs;
+    for (int channel = 0; channel < step; channel++) {
+        scale_t scale = scale_of(&layer->requantize, channel);
+        take_channel(layer, channel, rows);
+        for (int x = 0; x < half; x += 4) {
+            sum_channel(rows, scratch + x, sums);
+            for (int part = 0; part < 2 * rows->rows; part++) {
+                int from = x + (part & 1) * half, at = (part / 2 * width + from) * step + channel;
+                if (residual)
+                    put_added(layer, scale, sums + 4 * part, width - from, residual + at, out + at);
+                else
+                    put(scale, sums + 4 * part, width - from, step, out + at);
+            }
+        }
+    }
 }
 
 void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual, uint8_t *out,
                  void *scratch)
 {
-    int outputs = layer->outputs, width = layer->out_width, half = half_of(layer);
-    int pool = layer->pool, height = pool ? layer->out_height & ~1 : layer->out_height;
+    int height = layer->out_height, line = layer->out_width * layer->outputs;
     rows_t rows;
     rows.next_row = 4 * layer->stride_y * layer->stride_x * columns_of(layer);
-    int32_t sums[16];  /* [2 rows][2 halves][4] */
-    for (int y = 0; y < height; y += 2) {
+    for (int y = 0; y + layer->pool < height; y += 2) {
         pack_band(layer, in, y, scratch);
-        rows.last = sums + 8 * smaller(height - y, 2);
-        for (int o = 0; o < outputs; o++) {
-            const uint8_t *entry = layer->entries + layer->starts[o];
-            const uint8_t *end = layer->entries + layer->starts[o + 1];
-            int is_long = end - entry > 2 * MOST;
-            scale_t scale = scale_of(&layer->requantize, o);
-            int32_t start = offset_of(&layer->requantize, o);
-            rows.start = is_long ? 0 : start * ((1 << LANE) + (int64_t)1);
-            if (!is_long) take(&rows, entry, end);
-            const uint32_t *band = scratch;
-            for (int x = 0; x < half; x += 4, band += 4) {
-                rows.sums = sums;
-                if (is_long) sum_long_rows(&rows, entry, end, start, band);
-                else sum_rows(&rows, band);
-                if (pool) {
-                    uint8_t *to = out + (y / 2 * (width / 2) + x / 2) * outputs + o;
-                    put_pooled(scale, sums, width - x, outputs, to);
-                    put_pooled(scale, sums + 4, width - x - half, outputs, to + half / 2 * outputs);
-                    continue;
-                }
-                int at = (y * width + x) * outputs + o;
-                for (int part = 0; part < 4; part++) {  /* the sides of a row, and the next one's */
-                    int from = x + (part & 1) * half, place = at + (part & 1) * half * outputs;
-                    if (part >= 2) place += width * outputs;
-                    if (part >= 2 && y + 1 == height) break;
-                    if (residual)
-                        put_added(layer, scale, sums + 4 * part, smaller(width - from, 4),
-                                  residual + place, out + place);
-                    else
-                        put(scale, sums + 4 * part, width - from, outputs, out + place);
-                }
-            }
-        }
+        rows.rows = smaller(height - y, 2);
+        if (layer->pool)
+            put_windows(layer, &rows, scratch, out + y / 2 * (layer->out_width / 2) * layer->outputs);
+        else
+            put_rows(layer, &rows, scratch, residual ? residual + y * line : NULL, out + y * line);
     }
 }
