@@ -6,8 +6,10 @@
  * side, so that four words are four positions. (channel, ky, kx) lies at
  * ((channel * rows + ky) * stride_x + kx % stride_x) * columns + kx / stride_x.
  *
- * A weight times a word, added up in 64 bits (SMLAL), are both sums: the left one in 23 bits, which
- * 128 products of at most 255 * 128 cannot leave, the right one above.
+ * A weight times a word, added up in 64 bits (SMLAL), are both sums: the left one in 23 bits, the right
+ * one above. In between the left one may borrow from the right one. At the end it is the sum of at most
+ * 128 products (q - zero point) * weight, below 2^22 in size, because `offset` is -zero point * sum of
+ * the weights and nothing else; and what it has borrowed then is its sign.
  */
 #include <stddef.h>
 
@@ -18,6 +20,8 @@
 #define MOST 128      /* entries whose left sums stay within LANE bits */
 #define UNROLLED 8    /* entries of a round of the loop in sum_rows */
 #define STEP_BYTES 34 /* of its code, an entry */
+#define TEXT(macro) #macro
+#define NUMBER(macro) TEXT(macro)
 
 /* Positions of half a row of outputs, in groups of four. */
 static inline int half_of(int width) { return CEIL_DIV(CEIL_DIV(width, 2), 4) * 4; }
@@ -64,22 +68,22 @@ static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8
     }
 }
 
-/* One output channel's sums of eight positions of a row, and of as many in the next one. */
+/* One output channel's sums of eight positions of one row or two. */
 typedef struct {
     uintptr_t entry;       /* the first one, less 2 bytes for each that the loop leaves out at first */
-    int32_t skipped;       /* bytes of code of those, and 1 */
+    int32_t skipped;       /* bytes of code of those, and 1: the Thumb bit of an address */
     const uint8_t *end;
-    int32_t *sums;         /* [rows][2 halves][4]; moves on by a row */
+    int32_t *sums;         /* [1 or 2 rows][2 halves][4]; moves on by a row */
     int32_t *last;         /* behind the last row's */
     int32_t next_row;      /* bytes of scratch */
-    const uint32_t *at;    /* where the last entry was read */
-    int64_t start;         /* what the sums of a word begin with */
+    const uint32_t *at;    /* where the last entry of the last row was read */
+    int64_t start;         /* what the sums of a word begin with: the offset, twice */
     /* All of the channel, of any number of entries. */
     const uint8_t *first, *behind;
     int32_t offset, rows;
 } rows_t;
 
-/* At most MOST entries for `rows`. */
+/* At most MOST entries for `rows`, as the loop of sum_rows takes them. */
 static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
 {
     int count = (int)(end - entry) / 2, skipped = count ? -count & (UNROLLED - 1) : UNROLLED;
@@ -91,7 +95,7 @@ static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
  * multiplications. It enters a loop of eight entries so that the last round is whole. */
 #if defined(__ARM_FEATURE_SIMD32) && defined(__thumb2__)
 #define STEP(entry) \
-    "ldrb r3, [r0, #2 * " #entry "]\n\t" \
+    "ldrb.n r3, [r0, #2 * " #entry "]\n\t" \
     "ldrsb r2, [r0, #2 * " #entry " + 1]\n\t" \
     "add r1, r1, r3, lsl #2\n\t" \
     "ldrd r3, r12, [r1]\n\t" \
@@ -100,19 +104,21 @@ static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
     "ldrd r3, r12, [r1, #8]\n\t" \
     "smlal r8, r9, r3, r2\n\t" \
     "smlal r10, r11, r12, r2\n\t"
-/* Of one word: its left sum, and its right one in place of its low half. The bit that a negative left
- * sum has borrowed is its sign, which the shift leaves in the carry. */
+/* Of one word: its left sum, and its right one in place of its low half. The sign of the left sum, which
+ * it has borrowed, the shift leaves in the carry. */
 #define SPLIT(left, low, high) \
     "sbfx " left ", " low ", #0, #23\n\t" \
     "lsrs " low ", " low ", #23\n\t" \
     "orr " low ", " low ", " high ", lsl #9\n\t" \
     "adc " low ", " low ", #0\n\t"
 
-_Static_assert(offsetof(rows_t, start) == 32, "as the code below reads it");
+_Static_assert(offsetof(rows_t, skipped) == 4 && offsetof(rows_t, end) == 8 &&
+               offsetof(rows_t, sums) == 12 && offsetof(rows_t, last) == 16 &&
+               offsetof(rows_t, next_row) == 20 && offsetof(rows_t, at) == 24 &&
+               offsetof(rows_t, start) == 32, "as the code below reads it");
 
-static __attribute__((naked, noinline)) void sum_rows(rows_t *rows, const uint32_t *at)
+static ASSEMBLY void sum_rows(ARGUMENT rows_t *rows, ARGUMENT const uint32_t *at)
 {
-    (void)rows, (void)at;
     __asm__ volatile(
         "push {r0, r1, r4-r11, lr}\n\t"
         "1:\n\t"
@@ -129,6 +135,9 @@ static __attribute__((naked, noinline)) void sum_rows(rows_t *rows, const uint32
         "bx r12\n\t"
         ".balign 4\n\t"
         "2:\n\t" STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)
+        ".if (. - 2b) - " NUMBER(UNROLLED) " * " NUMBER(STEP_BYTES) "\n\t"
+        ".error \"STEP_BYTES\"\n\t"
+        ".endif\n\t"
         "add r0, r0, #16\n\t"
         "cmp r0, lr\n\t"
         "bne 2b\n\t"
@@ -158,15 +167,14 @@ static void sum_rows(rows_t *rows, const uint32_t *at)
     for (; rows->sums != rows->last; rows->sums += 8, at += rows->next_row / 4) {
         int64_t words[4] = {rows->start, rows->start, rows->start, rows->start};
         rows->at = at;
-        uintptr_t skipped = 2 * (uintptr_t)(rows->skipped / STEP_BYTES);
-        const uint8_t *entry = (const uint8_t *)(rows->entry + skipped);
+        const uint8_t *entry = (const uint8_t *)(rows->entry + rows->skipped / STEP_BYTES * 2u);
         for (; entry != rows->end; entry += 2) {
             rows->at += entry[0];
             for (int i = 0; i < 4; i++) words[i] += (int64_t)rows->at[i] * (int8_t)entry[1];
         }
         for (int i = 0; i < 4; i++) {
-            int64_t half = 1 << (LANE - 1), right = (words[i] + half) >> LANE;
-            rows->sums[i] = (int32_t)(words[i] - right * (2 * half));
+            int64_t sign = 1 << (LANE - 1), right = (words[i] + sign) >> LANE;
+            rows->sums[i] = (int32_t)(words[i] - right * (2 * sign));
             rows->sums[4 + i] = (int32_t)right;
         }
     }
@@ -229,6 +237,7 @@ static __attribute__((noinline)) void put_windows(const conv_t *layer, rows_t *r
         take_channel(layer, channel, rows);
         for (int right = width - half; right > width - 2 * half; right -= 4, band += 4, to += 2 * step) {
             sum_channel(rows, band, sums);
+            /* Of the row `right` positions are left to the right, `right + half` to the left. */
             if (right + half >= 2) to[0] = window(scale, sums);
             if (right + half >= 4) to[step] = window(scale, sums + 2);
             if (right >= 2) to[far] = window(scale, sums + 4);

@@ -33,10 +33,9 @@ typedef struct {
     "smlad r7, r2, lr, r7\n\t" \
     "smlad r11, r3, lr, r11\n\t"
 
-static __attribute__((naked, noinline)) void multiply_2x4(const pair_t *a, const pair_t *b,
-                                                          products_t *products)
+static ASSEMBLY void multiply_2x4(ARGUMENT const pair_t *a, ARGUMENT const pair_t *b,
+                                  ARGUMENT products_t *products)
 {
-    (void)a, (void)b, (void)products;
     __asm__ volatile(
         "push {r2, r4-r11, lr}\n\t"
         "ldr r3, [r2, #4]\n\t"

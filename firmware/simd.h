@@ -13,6 +13,16 @@ typedef int16_t __attribute__((may_alias)) halfword_t;               /* one lane
 typedef uint64_t __attribute__((may_alias)) two_pairs_t;             /* one LDRD */
 typedef uint32_t __attribute__((may_alias, aligned(1))) unaligned_t; /* one LDR at any address */
 
+/* A function that is one block of assembly, to which a compiler may add nothing. */
+#if defined(__clang__)
+#define ASSEMBLY __attribute__((naked, noinline))
+#elif __GNUC__ >= 11
+#define ASSEMBLY __attribute__((naked, noipa, no_instrument_function, no_stack_protector))
+#else
+#define ASSEMBLY __attribute__((naked, noinline, no_instrument_function))
+#endif
+#define ARGUMENT __attribute__((unused))  /* which the assembly finds in its register */
+
 static inline uint32_t load_word(const void *bytes) { return *(const unaligned_t *)bytes; }
 static inline void store_word(void *bytes, uint32_t word) { *(unaligned_t *)bytes = word; }
 
