@@ -88,7 +88,9 @@ def test_sparse_convolution_with_any_number_of_extreme_weights(tmp_path, stride,
     for at, count in enumerate(counts):
         rows[2 * at, places[:count]], rows[2 * at + 1, places[:count]] = 127, -128
     tensors["layer.weight"] = rows.reshape(tensors["layer.weight"].shape)
-    checkpoint["quantization"]["activations"]["front"]["zero_point"] = 100 if value is None else 255 - value
+    checkpoint["quantization"]["activations"]["front"]["zero_point"] = (
+        100 if value is None else 255 - value
+    )
     counted(checkpoint, random_images(Graph((3, 5, 11), nodes), 2), "sparse", tmp_path)
 
 
