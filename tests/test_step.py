@@ -11,6 +11,7 @@ from conftest import REPOSITORY, snapshot
 
 from edgecnn.errors import UserError
 from edgecnn.files import atomic_path, write_files
+from edgecnn.names import COMMITTED_RUNS
 from edgecnn.step import results_step, source_digests
 
 OUTPUTS = ("figures.json", "table.md")
@@ -185,3 +186,9 @@ def test_the_code_of_a_step_is_what_it_imports_besides_plumbing():
 def test_deciding_needs_no_torch():
     command = "import sys, edgecnn.step; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], check=True, cwd=REPOSITORY)
+
+
+def test_the_runs_that_git_holds_are_those_kept_whatever_code_made_them():
+    lines = (REPOSITORY / ".gitignore").read_text().split("\n")
+    held = {line.split("/")[2] for line in lines if line.startswith("!/results/")}
+    assert held == set(COMMITTED_RUNS)
