@@ -195,7 +195,9 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "headline", "channels", "edgeresnet")
+    run_main("plot_pareto", "--run", "headline", "channels", "edgeresnet", "wide", "resnet8")
+    wide = ("--network", "edgeresnet_wide", "--run", "wide", "--headline", "--epochs", 40)
+    run_main("train_baseline", *wide)
     recipe = (
         "--run",
         "edgeresnet",
