@@ -1,7 +1,8 @@
 /* Convolution of any shape by its non-zero weights alone, eight positions a weight, two a product.
  *
  * Scratch: band[inputs][rows][stride_x][columns], the zero-point-padded input under two rows of
- * outputs. A word is left + 2^23 * right: the values of an output position of the left half of a row
+ * outputs, which moves down over the map; behind it the entries of a channel that are read more than
+ * twice from there. A word is left + 2^23 * right: the values of an output position of the left half of a row
  * and of the one `half` positions to its right; the columns of one phase of the stride stand side by
  * side, so that four words are four positions. (channel, ky, kx) lies at
  * ((channel * rows + ky) * stride_x + kx % stride_x) * columns + kx / stride_x.
@@ -18,8 +19,9 @@
 
 #define LANE 23
 #define MOST 128      /* entries whose left sums stay within LANE bits */
-#define UNROLLED 8    /* entries of a round of the loop in sum_rows */
+#define UNROLLED 16   /* entries of a round of the loop in sum_rows */
 #define STEP_BYTES 34 /* of its code, an entry */
+#define COPIED 16     /* bytes that copy() takes at once; so many less 2 may lie behind the entries */
 #define TEXT(macro) #macro
 #define NUMBER(macro) TEXT(macro)
 
@@ -33,8 +35,25 @@ static inline int columns_of(const conv_t *layer)
 
 static inline int rows_of(const conv_t *layer) { return layer->kernel_height + layer->stride_y; }
 
+/* Moves the rows of the band that the next two rows of outputs read too, and returns how many. */
+static __attribute__((noinline)) int keep_rows(const conv_t *layer, uint32_t *band)
+{
+    int line = layer->stride_x * columns_of(layer), down = 2 * layer->stride_y * line;
+    int kept = larger(layer->kernel_height - layer->stride_y, 0);
+    for (int c = 0; c < layer->inputs; c++, band += rows_of(layer) * line) {
+        uint32_t *to = band, *end = band + kept * line;
+        for (; end - to >= 4; to += 4) {
+            uint32_t w0 = to[down], w1 = to[down + 1], w2 = to[down + 2], w3 = to[down + 3];
+            to[0] = w0, to[1] = w1, to[2] = w2, to[3] = w3;
+        }
+        for (; to < end; to++) to[0] = to[down];
+    }
+    return kept;
+}
+
+/* Fills the band's rows from `row` on. */
 static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8_t *in, int out_row,
-                                                uint32_t *band)
+                                                int row, uint32_t *band)
 {
     int c_count = layer->inputs, columns = columns_of(layer), step = layer->stride_x;
     int plane = rows_of(layer) * step * columns, half = half_of(layer->out_width);
@@ -43,7 +62,7 @@ static __attribute__((noinline)) void pack_band(const conv_t *layer, const uint8
     uint8_t pad[4];
     store_word(pad, zero ^ flip);
     int top = out_row * layer->stride_y - layer->pad_y;
-    for (int row = 0; row < rows_of(layer); row++) {
+    for (band += row * step * columns; row < rows_of(layer); row++) {
         int y = top + row, inside = y >= 0 && y < layer->height;
         const uint8_t *from = in + y * line;
         for (int phase = 0; phase < step; phase++) {
@@ -73,15 +92,24 @@ typedef struct {
     uintptr_t entry;       /* the first one, less 2 bytes for each that the loop leaves out at first */
     int32_t skipped;       /* bytes of code of those, and 1: the Thumb bit of an address */
     const uint8_t *end;
-    int32_t *sums;         /* [1 or 2 rows][2 halves][4]; moves on by a row */
+    int32_t *sums;         /* [1 or 2 rows][2 halves][4, or 2 of neighbours]; moves on by a row */
     int32_t *last;         /* behind the last row's */
     int32_t next_row;      /* bytes of scratch */
     const uint32_t *at;    /* where the last entry of the last row was read */
+    int32_t neighbours;    /* 1: of two sums side by side the larger alone */
     int64_t start;         /* what the sums of a word begin with: the offset, twice */
     /* All of the channel, of any number of entries. */
     const uint8_t *first, *behind;
-    int32_t offset, rows;
+    int32_t offset, rows, pool;
+    int32_t count;         /* of the sums that are kept */
+    uint8_t *near;         /* NULL, or scratch that its entries are copied to */
 } rows_t;
+
+/* Of each two neighbours the larger. */
+static inline void keep_larger(int32_t *sums, int count)
+{
+    for (int i = 0; i < count / 2; i++) sums[i] = larger(sums[2 * i], sums[2 * i + 1]);
+}
 
 /* At most MOST entries for `rows`, as the loop of sum_rows takes them. */
 static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
@@ -92,7 +120,7 @@ static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
 }
 
 /* In assembly because its 14 registers are all there are, and gcc spills: 9 instructions for 8
- * multiplications. It enters a loop of eight entries so that the last round is whole. */
+ * multiplications. It enters a loop of sixteen entries so that the last round is whole. */
 #if defined(__ARM_FEATURE_SIMD32) && defined(__thumb2__)
 #define STEP(entry) \
     "ldrb.n r3, [r0, #2 * " #entry "]\n\t" \
@@ -107,15 +135,21 @@ static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
 /* Of one word: its left sum, and its right one in place of its low half. The sign of the left sum, which
  * it has borrowed, the shift leaves in the carry. */
 #define SPLIT(left, low, high) \
-    "sbfx " left ", " low ", #0, #23\n\t" \
-    "lsrs " low ", " low ", #23\n\t" \
-    "orr " low ", " low ", " high ", lsl #9\n\t" \
+    "sbfx " left ", " low ", #0, #" NUMBER(LANE) "\n\t" \
+    "lsrs " low ", " low ", #" NUMBER(LANE) "\n\t" \
+    "orr " low ", " low ", " high ", lsl #32 - " NUMBER(LANE) "\n\t" \
     "adc " low ", " low ", #0\n\t"
+
+#define LARGER(a, b) \
+    "cmp " a ", " b "\n\t" \
+    "it lt\n\t" \
+    "movlt " a ", " b "\n\t"
 
 _Static_assert(offsetof(rows_t, skipped) == 4 && offsetof(rows_t, end) == 8 &&
                offsetof(rows_t, sums) == 12 && offsetof(rows_t, last) == 16 &&
                offsetof(rows_t, next_row) == 20 && offsetof(rows_t, at) == 24 &&
-               offsetof(rows_t, start) == 32, "as the code below reads it");
+               offsetof(rows_t, neighbours) == 28 && offsetof(rows_t, start) == 32,
+               "as the code below reads it");
 
 static ASSEMBLY void sum_rows(ARGUMENT rows_t *rows, ARGUMENT const uint32_t *at)
 {
@@ -135,20 +169,23 @@ static ASSEMBLY void sum_rows(ARGUMENT rows_t *rows, ARGUMENT const uint32_t *at
         "bx r12\n\t"
         ".balign 4\n\t"
         "2:\n\t" STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)
+        STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)
         ".if (. - 2b) - " NUMBER(UNROLLED) " * " NUMBER(STEP_BYTES) "\n\t"
         ".error \"STEP_BYTES\"\n\t"
         ".endif\n\t"
-        "add r0, r0, #16\n\t"
+        "add r0, r0, #2 * " NUMBER(UNROLLED) "\n\t"
         "cmp r0, lr\n\t"
         "bne 2b\n\t"
         "ldr r12, [sp]\n\t"
         "ldr lr, [r12, #12]\n\t"
         SPLIT("r0", "r4", "r5") SPLIT("r2", "r6", "r7")
-        "strd r0, r2, [lr], #8\n\t"
-        "strd r4, r6, [lr, #8]\n\t"
-        SPLIT("r0", "r8", "r9") SPLIT("r2", "r10", "r11")
-        "strd r0, r2, [lr], #24\n\t"
-        "strd r8, r10, [lr, #-8]\n\t"
+        "ldr r7, [r12, #28]\n\t"
+        SPLIT("r3", "r8", "r9") SPLIT("r5", "r10", "r11")
+        "cbz r7, 3f\n\t"
+        LARGER("r0", "r2") LARGER("r3", "r5") LARGER("r4", "r6") LARGER("r8", "r10")
+        "strd r0, r3, [lr], #16\n\t"
+        "strd r4, r8, [lr, #-8]\n\t"
+        "4:\n\t"
         "ldrd r2, r3, [r12, #16]\n\t"
         "str lr, [r12, #12]\n\t"
         "str r1, [r12, #24]\n\t"
@@ -157,14 +194,22 @@ static ASSEMBLY void sum_rows(ARGUMENT rows_t *rows, ARGUMENT const uint32_t *at
         "mov r0, r12\n\t"
         "cmp lr, r2\n\t"
         "bne 1b\n\t"
-        "pop {r0, r1, r4-r11, pc}\n\t");
+        "pop {r0, r1, r4-r11, pc}\n\t"
+        "3:\n\t"
+        "strd r3, r5, [lr, #8]\n\t"
+        "strd r4, r6, [lr, #16]\n\t"
+        "strd r8, r10, [lr, #24]\n\t"
+        "strd r0, r2, [lr], #32\n\t"
+        "b 4b\n\t");
 }
 #undef STEP
 #undef SPLIT
+#undef LARGER
 #else
 static void sum_rows(rows_t *rows, const uint32_t *at)
 {
-    for (; rows->sums != rows->last; rows->sums += 8, at += rows->next_row / 4) {
+    for (; rows->sums != rows->last; at += rows->next_row / 4) {
+        int32_t sums[8];  /* [2 halves][4] */
         int64_t words[4] = {rows->start, rows->start, rows->start, rows->start};
         rows->at = at;
         const uint8_t *entry = (const uint8_t *)(rows->entry + rows->skipped / STEP_BYTES * 2u);
@@ -174,9 +219,11 @@ static void sum_rows(rows_t *rows, const uint32_t *at)
         }
         for (int i = 0; i < 4; i++) {
             int64_t sign = 1 << (LANE - 1), right = (words[i] + sign) >> LANE;
-            rows->sums[i] = (int32_t)(words[i] - right * (2 * sign));
-            rows->sums[4 + i] = (int32_t)right;
+            sums[i] = (int32_t)(words[i] - right * (2 * sign));
+            sums[4 + i] = (int32_t)right;
         }
+        if (rows->neighbours) keep_larger(sums, 8);
+        for (int i = 0; i < (rows->neighbours ? 4 : 8); i++) *rows->sums++ = sums[i];
     }
 }
 #endif
@@ -186,6 +233,7 @@ static __attribute__((noinline)) void sum_parts(rows_t *rows, const uint32_t *at
 {
     int32_t part[16];
     int count = 8 * rows->rows;
+    rows->neighbours = 0;
     for (int i = 0; i < count; i++) sums[i] = rows->offset;
     for (const uint8_t *entry = rows->first, *stop; entry != rows->behind; entry = stop) {
         stop = rows->behind - entry > 2 * MOST ? entry + 2 * MOST : rows->behind;
@@ -195,30 +243,47 @@ static __attribute__((noinline)) void sum_parts(rows_t *rows, const uint32_t *at
         for (int i = 0; i < count; i++) sums[i] += part[i];
         at = rows->at - (rows->rows - 1) * (rows->next_row / 4);
     }
+    if (rows->pool) keep_larger(sums, count);
 }
 
-/* sums[rows][2 halves][4] of a channel. */
+/* sums[rows][2 halves][4] of a channel, under a pool [rows][2 halves][2]. */
 static inline void sum_channel(rows_t *rows, const uint32_t *at, int32_t *sums)
 {
     if (rows->behind - rows->first > 2 * MOST) {
         sum_parts(rows, at, sums);
         return;
     }
-    rows->sums = sums, rows->last = sums + 8 * rows->rows;
+    rows->sums = sums, rows->last = sums + rows->count;
     sum_rows(rows, at);
 }
 
 static inline uint8_t window(scale_t scale, const int32_t *upper)
 {
-    const int32_t *lower = upper + 8;
-    return (uint8_t)requantize(scale, larger(larger(upper[0], upper[1]), larger(lower[0], lower[1])));
+    const int32_t *lower = upper + 4;
+    return (uint8_t)requantize(scale, larger(*upper, *lower));
+}
+
+/* Copies entries into scratch, where no read waits, COPIED bytes at once. */
+static inline void copy(const uint8_t *entries, int bytes, uint8_t *to)
+{
+    for (uint8_t *end = to + bytes; to < end; to += COPIED, entries += COPIED) {
+        uint32_t w0 = load_word(entries), w1 = load_word(entries + 4);
+        uint32_t w2 = load_word(entries + 8), w3 = load_word(entries + 12);
+        store_word(to, w0), store_word(to + 4, w1), store_word(to + 8, w2), store_word(to + 12, w3);
+    }
 }
 
 /* Sets `rows` to an output channel. */
 static inline void take_channel(const conv_t *layer, int channel, rows_t *rows)
 {
     const uint32_t *starts = layer->starts + channel;
-    rows->first = layer->entries + starts[0], rows->behind = layer->entries + starts[1];
+    const uint8_t *first = layer->entries + starts[0];
+    int bytes = (int)(starts[1] - starts[0]);
+    if (rows->near && bytes <= 2 * MOST) {
+        copy(first, bytes, rows->near);
+        first = rows->near;
+    }
+    rows->first = first, rows->behind = first + bytes, rows->neighbours = rows->pool;
     rows->offset = offset_of(&layer->requantize, channel);
     rows->start = rows->offset * ((1 << LANE) + (int64_t)1);
     take(rows, rows->first, rows->behind);
@@ -228,7 +293,7 @@ static inline void take_channel(const conv_t *layer, int channel, rows_t *rows)
 static __attribute__((noinline)) void put_windows(const conv_t *layer, rows_t *rows,
                                                   const uint32_t *scratch, uint8_t *out)
 {
-    int32_t sums[16];  /* [2 rows][2 halves][4] */
+    int32_t sums[16];  /* [2 rows][2 halves][2], and room for a long channel's before */
     int width = layer->out_width, half = half_of(width), step = layer->outputs, far = half / 2 * step;
     for (int channel = 0; channel < step; channel++, out++) {
         scale_t scale = scale_of(&layer->requantize, channel);
@@ -239,9 +304,9 @@ static __attribute__((noinline)) void put_windows(const conv_t *layer, rows_t *r
             sum_channel(rows, band, sums);
             /* Of the row `right` positions are left to the right, `right + half` to the left. */
             if (right + half >= 2) to[0] = window(scale, sums);
-            if (right + half >= 4) to[step] = window(scale, sums + 2);
-            if (right >= 2) to[far] = window(scale, sums + 4);
-            if (right >= 4) to[far + step] = window(scale, sums + 6);
+            if (right + half >= 4) to[step] = window(scale, sums + 1);
+            if (right >= 2) to[far] = window(scale, sums + 2);
+            if (right >= 4) to[far + step] = window(scale, sums + 3);
         }
     }
 }
@@ -291,10 +356,13 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual
 {
     int height = layer->out_height, line = layer->out_width * layer->outputs;
     rows_t rows;
-    rows.next_row = 4 * layer->stride_y * layer->stride_x * columns_of(layer);
+    int words = layer->stride_x * columns_of(layer);  /* of a row of the band */
+    rows.next_row = 4 * layer->stride_y * words, rows.pool = layer->pool;
+    rows.near = half_of(layer->out_width) > 4
+                    ? (uint8_t *)scratch + 4 * layer->inputs * rows_of(layer) * words : NULL;
     for (int y = 0; y + layer->pool < height; y += 2) {
-        pack_band(layer, in, y, scratch);
-        rows.rows = smaller(height - y, 2);
+        pack_band(layer, in, y, y ? keep_rows(layer, scratch) : 0, scratch);
+        rows.rows = smaller(height - y, 2), rows.count = (layer->pool ? 4 : 8) * rows.rows;
         if (layer->pool)
             put_windows(layer, &rows, scratch, out + y / 2 * (layer->out_width / 2) * layer->outputs);
         else

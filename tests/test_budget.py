@@ -313,7 +313,7 @@ def test_committed_run_answers(tmp_path):
     # FP32 variants have no figure on the chip, INT8 ones have.
     text = run(REPOSITORY, "--run", "reference", "--budget", "energy_stm32l4r5_uj=3000").stdout
     assert "Best: pruned_90_energy_int8" in text and "do not compete" in text
-    # The table's flash and the budget's are one unit: 254.4 KiB fit 255 and not 254.
-    for limit, best in ((255, "pruned_80_energy_int8"), (254, "pruned_90_energy_int8")):
+    # The table's flash and the budget's are one unit: 255.4 KiB fit 256 and not 255.
+    for limit, best in ((256, "pruned_80_energy_int8"), (255, "pruned_90_energy_int8")):
         text = run(REPOSITORY, "--run", "headline", "--budget", f"flash_kib={limit}").stdout
         assert f"Best: {best}" in text

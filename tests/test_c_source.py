@@ -154,6 +154,7 @@ def test_estimates_are_what_was_counted():
 def test_python_and_c_agree_on_what_is_taken_at_once():
     for file, name, value in (
         ("conv_sparse.c", "MOST", kernels.SPARSE_ENTRIES),
+        ("conv_sparse.c", "COPIED", kernels.COPIED),
         ("conv_direct.c", "MOST_GROUPS", kernels.DIRECT_GROUPS),
     ):
         assert f"#define {name} {value} " in (c_source.FIRMWARE / file).read_text()

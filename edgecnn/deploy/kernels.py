@@ -23,6 +23,7 @@ GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
 SPARSE_ENTRIES = 128  # of a channel that conv_sparse adds up in one go (conv_sparse.c: MOST)
+COPIED = 16  # bytes of entries that it copies at once (conv_sparse.c): the last ones lie behind them
 MAX_SCRATCH_BYTES = 2**20
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
@@ -41,7 +42,7 @@ class Stored(NamedTuple):
     scratch_bytes: int
     in_place: bool
     features: dict[str, float]
-    weight_passes: int  # how often an inference reads the weights
+    weight_passes: float  # how often an inference reads the weights from flash, on average
 
     @property
     def instructions(self) -> float:
@@ -58,7 +59,7 @@ class Stored(NamedTuple):
     def weight_bytes_read(self) -> int:
         """Bytes of weights that one inference reads from flash."""
         read = (v.nbytes for k, v in self.arrays.items() if k in ("weights", "entries"))
-        return self.weight_passes * sum(read)
+        return round(self.weight_passes * sum(read))
 
 
 @cache
@@ -259,24 +260,33 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     out_rows = g.out_height & ~1 if g.pool else g.out_height
     bands = ceil_div(out_rows, 2)
     ends = [((y >> g.pool) * g.units[1] * g.outputs, (y, 0)) for y in range(2, out_rows, 2)]
-    groups = half // GROUP
-    band_columns = bands * rows * step * columns
+    groups, passes = half // GROUP, out_rows * (half // GROUP)
+    kept = (bands - 1) * max(g.kernel_height - g.stride_y, 0)
+    band_columns = (bands * rows - kept) * step * columns
     counts = np.diff(starts.astype(int)) // 2
     parts = np.where(counts > SPARSE_ENTRIES, ceil_div(counts, SPARSE_ENTRIES), 0).sum()
+    # of channels with more than one group a band's passes read a copy, but where those are long
+    copied = counts[counts <= SPARSE_ENTRIES] if groups > 1 else counts[:0]
+    copies = bands * int(copied.sum())
+    read = copies + passes * int(counts.sum() - copied.sum())
     features = {
         "layer": 1,
         "band": bands,
         "band_column": band_columns,
         "band_word": band_columns * (g.inputs // 4 + g.inputs % 4),
+        "kept_word": kept * step * columns * g.inputs,
+        "copied_entry": copies,
         "band_output": bands * g.outputs,
         "row_group": out_rows * groups * g.outputs,
         "entry": out_rows * groups * len(entries) // 2,
         "part": bands * groups * int(parts),
         "output": g.leaving,
     }
-    arrays, scratch = {"entries": entries, "starts": starts}, 4 * g.inputs * rows * step * columns
-    in_place, passes = written_behind(g, ends), out_rows * groups
-    return Stored("conv_sparse", {}, arrays, scratch, in_place, features, passes)
+    arrays = {"entries": np.pad(entries, (0, COPIED - 2)), "starts": starts}
+    scratch = 4 * g.inputs * rows * step * columns
+    scratch += ceil_div(2 * int(copied.max(initial=0)), COPIED) * COPIED
+    share = read / max(1, int(counts.sum()))
+    return Stored("conv_sparse", {}, arrays, scratch, written_behind(g, ends), features, share)
 
 
 def conv_depthwise(g: Geometry, weight: np.ndarray, room: int | None = None) -> Stored:
