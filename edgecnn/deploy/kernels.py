@@ -23,7 +23,9 @@ GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
 SPARSE_ENTRIES = 128  # of a channel that conv_sparse adds up in one go (conv_sparse.c: MOST)
-COPIED = 16  # bytes of entries that it copies at once (conv_sparse.c): the last ones lie behind them
+COPIED = (
+    16  # bytes of entries that it copies at once (conv_sparse.c): the last ones lie behind them
+)
 MAX_SCRATCH_BYTES = 2**20
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
