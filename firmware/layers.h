@@ -57,7 +57,8 @@ void conv_direct(const conv_t *layer, const uint8_t *in, const uint8_t *residual
 void conv_winograd(const conv_t *layer, const uint8_t *in, const uint8_t *residual, uint8_t *out,
                    void *scratch);
 
-/* Any shape. A step moves a pointer over the scratch by words; see conv_sparse.c. */
+/* Any shape. A step moves a pointer over the scratch by words; behind the entries 14 bytes more may be
+ * read. See conv_sparse.c. */
 void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual, uint8_t *out,
                  void *scratch);
 

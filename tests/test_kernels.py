@@ -168,3 +168,20 @@ def test_gaps_beyond_a_byte_are_bridged():
         read.append({int(p): int(v) for p, v in zip(places, values, strict=True) if v})
     assert read == [{3: 5, 1999: -7}, {1000: 100}]
     assert len(entries) == 2 * (2 + 1999 // 255 + 1 + 1000 // 255)
+
+
+def test_what_a_copy_reads_too_much_of_the_last_channel_is_there():
+    """conv_sparse copies COPIED bytes at once, from the first entry of a channel on."""
+    g = kernels.Geometry(9, 21, 3, 9, 21, 5, 3, 3, 1, 1, 1, 1, 0)
+    weight = np.random.default_rng(0).integers(-9, 10, (5, 3, 3, 3)).astype(np.int8)
+    stored = kernels.conv_sparse(g, weight)
+    entries, starts = stored.arrays["entries"], stored.arrays["starts"].tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    ends = [
+        s + -(-n // kernels.COPIED) * kernels.COPIED for s, n in zip(starts, lengths, strict=False)
+    ]
+    assert len(entries) >= max(ends)
+    band = kernels.conv_sparse(g, 0 * weight).scratch_bytes  # no entries, no copy
+    assert stored.scratch_bytes - band == -(-max(lengths) // kernels.COPIED) * kernels.COPIED
+    # each of five bands reads the weights once from flash, not at each of its 2 rows x 3 groups
+    assert stored.weight_passes == 5

@@ -377,13 +377,16 @@ def chosen(layers: dict[str, list[Stored]], storage: str) -> dict[str, Stored]:
     if storage == "balanced":
         return balanced(layers)
 
-    def allowed(choices):
+    def pick(choices):
+        named = [c for c in choices if c.kernel == storage]
+        if named:
+            return named[0]  # at no estimate: kernel_costs.py counts kernels that have none yet
         sparse = [c for c in choices if c.kernel.endswith("_sparse")]
         dense = [c for c in choices if c not in sparse]
-        named = [c for c in choices if c.kernel == storage]
-        return {"fastest": choices, "dense": dense, "sparse": sparse}.get(storage, named) or choices
+        some = {"dense": dense, "sparse": sparse}.get(storage) or choices
+        return min(some, key=lambda one: one.instructions)
 
-    return {n: min(allowed(c), key=lambda one: one.instructions) for n, c in layers.items()}
+    return {name: pick(choices) for name, choices in layers.items()}
 
 
 def balanced(layers: dict[str, list[Stored]]) -> dict[str, Stored]:
