@@ -1,8 +1,8 @@
 /* Convolution of any shape by its non-zero weights alone, eight positions a weight, two a product.
  *
  * Scratch: band[inputs][rows][stride_x][columns], the zero-point-padded input under two rows of
- * outputs, which moves down over the map; behind it the entries of a channel that are read more than
- * twice from there. A word is left + 2^23 * right: the values of an output position of the left half of a row
+ * outputs, which moves down over the map; behind it, where a row takes several rounds, the entries of a
+ * channel of at most 128. A word is left + 2^23 * right: the values of an output position of the left half of a row
  * and of the one `half` positions to its right; the columns of one phase of the stride stand side by
  * side, so that four words are four positions. (channel, ky, kx) lies at
  * ((channel * rows + ky) * stride_x + kx % stride_x) * columns + kx / stride_x.
@@ -19,9 +19,9 @@
 
 #define LANE 23
 #define MOST 128      /* entries whose left sums stay within LANE bits */
-#define UNROLLED 16   /* entries of a round of the loop in sum_rows */
+#define UNROLLED 12   /* entries of a round of the loop in sum_rows */
 #define STEP_BYTES 34 /* of its code, an entry */
-#define COPIED 16     /* bytes that copy() takes at once; so many less 2 may lie behind the entries */
+#define COPIED 16     /* bytes that copy() takes at once; so many less 2 lie behind the entries */
 #define TEXT(macro) #macro
 #define NUMBER(macro) TEXT(macro)
 
@@ -101,7 +101,6 @@ typedef struct {
     /* All of the channel, of any number of entries. */
     const uint8_t *first, *behind;
     int32_t offset, rows, pool;
-    int32_t count;         /* of the sums that are kept */
     uint8_t *near;         /* NULL, or scratch that its entries are copied to */
 } rows_t;
 
@@ -114,13 +113,15 @@ static inline void keep_larger(int32_t *sums, int count)
 /* At most MOST entries for `rows`, as the loop of sum_rows takes them. */
 static inline void take(rows_t *rows, const uint8_t *entry, const uint8_t *end)
 {
-    int count = (int)(end - entry) / 2, skipped = count ? -count & (UNROLLED - 1) : UNROLLED;
+    unsigned count = (unsigned)(end - entry) / 2;
+    int skipped = UNROLLED * (int)((count + UNROLLED - 1) / UNROLLED) - (int)count;
+    if (count == 0) skipped = UNROLLED;
     rows->entry = (uintptr_t)entry - 2 * (uintptr_t)skipped, rows->end = end;
     rows->skipped = STEP_BYTES * skipped + 1;
 }
 
 /* In assembly because its 14 registers are all there are, and gcc spills: 9 instructions for 8
- * multiplications. It enters a loop of sixteen entries so that the last round is whole. */
+ * multiplications. It enters a loop of twelve entries so that the last round is whole. */
 #if defined(__ARM_FEATURE_SIMD32) && defined(__thumb2__)
 #define STEP(entry) \
     "ldrb.n r3, [r0, #2 * " #entry "]\n\t" \
@@ -169,7 +170,7 @@ static ASSEMBLY void sum_rows(ARGUMENT rows_t *rows, ARGUMENT const uint32_t *at
         "bx r12\n\t"
         ".balign 4\n\t"
         "2:\n\t" STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)
-        STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)
+        STEP(8) STEP(9) STEP(10) STEP(11)
         ".if (. - 2b) - " NUMBER(UNROLLED) " * " NUMBER(STEP_BYTES) "\n\t"
         ".error \"STEP_BYTES\"\n\t"
         ".endif\n\t"
@@ -253,7 +254,7 @@ static inline void sum_channel(rows_t *rows, const uint32_t *at, int32_t *sums)
         sum_parts(rows, at, sums);
         return;
     }
-    rows->sums = sums, rows->last = sums + rows->count;
+    rows->sums = sums;
     sum_rows(rows, at);
 }
 
@@ -273,8 +274,8 @@ static inline void copy(const uint8_t *entries, int bytes, uint8_t *to)
     }
 }
 
-/* Sets `rows` to an output channel. */
-static inline void take_channel(const conv_t *layer, int channel, rows_t *rows)
+/* Sets `rows` to an output channel whose sums go to `sums`. */
+static inline void take_channel(const conv_t *layer, int channel, rows_t *rows, int32_t *sums)
 {
     const uint32_t *starts = layer->starts + channel;
     const uint8_t *first = layer->entries + starts[0];
@@ -284,9 +285,21 @@ static inline void take_channel(const conv_t *layer, int channel, rows_t *rows)
         first = rows->near;
     }
     rows->first = first, rows->behind = first + bytes, rows->neighbours = rows->pool;
+    rows->last = sums + (rows->pool ? 4 : 8) * rows->rows;
     rows->offset = offset_of(&layer->requantize, channel);
     rows->start = rows->offset * ((1 << LANE) + (int64_t)1);
     take(rows, rows->first, rows->behind);
+}
+
+/* Writes those of four windows, two of each half, that a row has: of it `right` positions are left to the
+ * right, `right + half` to the left. */
+static __attribute__((noinline)) void put_some_windows(scale_t scale, const int32_t *sums, int right,
+                                                       int half, int step, int far, uint8_t *to)
+{
+    for (int i = 0; i < 4; i++) {
+        int left = right + (i < 2 ? half : 0) - 2 * (i & 1);
+        if (left >= 2) to[(i & 1) * step + (i >> 1) * far] = window(scale, sums + i);
+    }
 }
 
 /* Writes a row of windows. */
@@ -299,14 +312,15 @@ static __attribute__((noinline)) void put_windows(const conv_t *layer, rows_t *r
         scale_t scale = scale_of(&layer->requantize, channel);
         const uint32_t *band = scratch;
         uint8_t *to = out;
-        take_channel(layer, channel, rows);
+        take_channel(layer, channel, rows, sums);
         for (int right = width - half; right > width - 2 * half; right -= 4, band += 4, to += 2 * step) {
             sum_channel(rows, band, sums);
-            /* Of the row `right` positions are left to the right, `right + half` to the left. */
-            if (right + half >= 2) to[0] = window(scale, sums);
-            if (right + half >= 4) to[step] = window(scale, sums + 1);
-            if (right >= 2) to[far] = window(scale, sums + 2);
-            if (right >= 4) to[far + step] = window(scale, sums + 3);
+            if (right < 4) {
+                put_some_windows(scale, sums, right, half, step, far, to);
+                continue;
+            }
+            to[0] = window(scale, sums), to[step] = window(scale, sums + 1);
+            to[far] = window(scale, sums + 2), to[far + step] = window(scale, sums + 3);
         }
     }
 }
@@ -337,7 +351,7 @@ static __attribute__((noinline)) void put_rows(const conv_t *layer, rows_t *rows
     int width = layer->out_width, half = half_of(width), step = layer->outputs;
     for (int channel = 0; channel < step; channel++) {
         scale_t scale = scale_of(&layer->requantize, channel);
-        take_channel(layer, channel, rows);
+        take_channel(layer, channel, rows, sums);
         for (int x = 0; x < half; x += 4) {
             sum_channel(rows, scratch + x, sums);
             for (int part = 0; part < 2 * rows->rows; part++) {
@@ -362,7 +376,7 @@ void conv_sparse(const conv_t *layer, const uint8_t *in, const uint8_t *residual
                     ? (uint8_t *)scratch + 4 * layer->inputs * rows_of(layer) * words : NULL;
     for (int y = 0; y + layer->pool < height; y += 2) {
         pack_band(layer, in, y, y ? keep_rows(layer, scratch) : 0, scratch);
-        rows.rows = smaller(height - y, 2), rows.count = (layer->pool ? 4 : 8) * rows.rows;
+        rows.rows = smaller(height - y, 2);
         if (layer->pool)
             put_windows(layer, &rows, scratch, out + y / 2 * (layer->out_width / 2) * layer->outputs);
         else

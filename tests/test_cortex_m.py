@@ -67,16 +67,19 @@ def test_headline_network(tmp_path):
 @needs_emulator
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("value", [255, 0, None])
-def test_sparse_convolution_with_any_number_of_extreme_weights(tmp_path, stride, value):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_sparse_convolution_with_any_number_of_extreme_weights(tmp_path, stride, value, pooled):
     """Whole rounds of its loop and parts of one, and more entries than its sums hold at once.
 
     value: of the map it reads, as far from the zero point as can be; None: any, and 100 the zero point.
     """
-    counts = (0, 1, 7, 8, 9, 127, 128, 129, 256, 300, 360)
+    counts = (0, 1, 11, 12, 13, 127, 128, 129, 256, 300, 360)
+    window = {"kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
     nodes = (
         conv("front", INPUT, 40, (1, 1)),
         conv("layer", "front", 2 * len(counts), (3, 3), (stride, stride), (1, 1)),
-        Node("flat", "flatten", ("layer",)),
+        *([Node("pool", "max_pool", ("layer",), window)] if pooled else []),
+        Node("flat", "flatten", ("pool" if pooled else "layer",)),
         Node("logits", "linear", ("flat",), {"outputs": 64, "bias": 1}),
     )
     checkpoint = random_checkpoint(Graph((3, 5, 11), nodes))

@@ -50,6 +50,7 @@ CONVOLUTIONS = [
     ((2, 8, 8), 3, (2, 3), (1, 2), (0, 2)),
     ((4, 6, 6), 3, (1, 1), (1, 1), (1, 1)),
     ((8, 4, 4), 8, (3, 3), (3, 3), (1, 1)),
+    ((2, 17, 12), 3, (5, 5), (3, 2), (2, 2)),
 ]
 
 
@@ -184,4 +185,6 @@ def test_what_a_copy_reads_too_much_of_the_last_channel_is_there():
     band = kernels.conv_sparse(g, 0 * weight).scratch_bytes  # no entries, no copy
     assert stored.scratch_bytes - band == -(-max(lengths) // kernels.COPIED) * kernels.COPIED
     # each of five bands reads the weights once from flash, not at each of its 2 rows x 3 groups
-    assert stored.weight_passes == 5
+    assert stored.weight_bytes_read == 5 * sum(
+        -(-n // kernels.COPIED) * kernels.COPIED for n in lengths
+    )

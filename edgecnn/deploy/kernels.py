@@ -23,9 +23,7 @@ GROUP = 4  # positions, or tiles, that a dense convolution takes at once
 # of positions that it takes (conv_direct.c: MOST_GROUPS).
 DIRECT_BYTES, DIRECT_GROUPS = 4608, 8
 SPARSE_ENTRIES = 128  # of a channel that conv_sparse adds up in one go (conv_sparse.c: MOST)
-COPIED = (
-    16  # bytes of entries that it copies at once (conv_sparse.c): the last ones lie behind them
-)
+COPIED = 16  # bytes of entries that it copies at once; so many less 2 lie behind a layer's
 MAX_SCRATCH_BYTES = 2**20
 DEPTHWISE_BYTES = 8192  # scratch up to which four channels are unpacked at once
 COSTS = Path(__file__).with_name("kernel_costs.json")
@@ -267,17 +265,17 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     band_columns = (bands * rows - kept) * step * columns
     counts = np.diff(starts.astype(int)) // 2
     parts = np.where(counts > SPARSE_ENTRIES, ceil_div(counts, SPARSE_ENTRIES), 0).sum()
-    # of channels with more than one group a band's passes read a copy, but where those are long
+    # where a row takes several rounds all but long channels are read from a copy, made once a band
     copied = counts[counts <= SPARSE_ENTRIES] if groups > 1 else counts[:0]
-    copies = bands * int(copied.sum())
-    read = copies + passes * int(counts.sum() - copied.sum())
+    copies = ceil_div(2 * copied, COPIED) * COPIED  # bytes
+    read = bands * copies.sum() + passes * 2 * (counts.sum() - copied.sum())
     features = {
         "layer": 1,
         "band": bands,
         "band_column": band_columns,
         "band_word": band_columns * (g.inputs // 4 + g.inputs % 4),
         "kept_word": kept * step * columns * g.inputs,
-        "copied_entry": copies,
+        "copied_entry": bands * int(copied.sum()),
         "band_output": bands * g.outputs,
         "row_group": out_rows * groups * g.outputs,
         "entry": out_rows * groups * len(entries) // 2,
@@ -286,9 +284,9 @@ def conv_sparse(g: Geometry, weight: np.ndarray) -> Stored:
     }
     arrays = {"entries": np.pad(entries, (0, COPIED - 2)), "starts": starts}
     scratch = 4 * g.inputs * rows * step * columns
-    scratch += ceil_div(2 * int(copied.max(initial=0)), COPIED) * COPIED
-    share = read / max(1, int(counts.sum()))
-    return Stored("conv_sparse", {}, arrays, scratch, written_behind(g, ends), features, share)
+    scratch += int(copies.max(initial=0))
+    in_place, often = written_behind(g, ends), float(read / arrays["entries"].nbytes)
+    return Stored("conv_sparse", {}, arrays, scratch, in_place, features, often)
 
 
 def conv_depthwise(g: Geometry, weight: np.ndarray, room: int | None = None) -> Stored:
