@@ -190,7 +190,7 @@ def test_committed_break_even_meets_the_bars():
     assert sparse == sorted(sparse, reverse=True)  # more zeros, less work
     for row in rows:  # two bytes a non-zero weight; code, scales and biases beside them
         entries = 2 * WEIGHTS * (1 - row["zeros_percent"] / 100)
-        assert row["m4_sparse_flash_bytes"] <= entries + 14_000
+        assert row["m4_sparse_flash_bytes"] <= entries + 15_000
         if row["zeros_percent"] >= 90:
             assert row["m4_sparse_instructions"] <= HEADLINE
 
