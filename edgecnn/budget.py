@@ -27,7 +27,7 @@ LIMITS = {
         "KiB",
         KIB,
         {
-            "m4_flash_bytes": "measured: the linked Cortex-M4 program",
+            "m4_flash_bytes": "counted: the linked Cortex-M4 program",
             "weight_stored_bytes": "modelled: weights and biases, with an index of the non-zeros; "
             "no program code",
         },
@@ -36,7 +36,7 @@ LIMITS = {
         "KiB",
         KIB,
         {
-            "m4_ram_bytes": "measured: the linked Cortex-M4 program and its stack",
+            "m4_ram_bytes": "counted: the linked Cortex-M4 program and its stack",
             "activations_peak_bytes": "modelled: peak of the live activations; no stack or data",
         },
     ),
@@ -146,7 +146,7 @@ def figure_for(rows: list[dict], name: str) -> str:
 def competitors(rows: list[dict], limits: dict[str, float]) -> list[dict]:
     """The lowest seed's rows that have every figure the limits are held against.
 
-    Once one variant is measured, an estimate of another would not compare: it stays out.
+    Once one variant is counted, an estimate of another would not compare: it stays out.
     """
     rows = lowest_seed_rows(rows)
     keys = [figure_for(rows, name) for name in limits]

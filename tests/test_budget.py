@@ -181,13 +181,13 @@ def test_only_the_lowest_seed_competes_and_the_answer_says_so():
     assert "competes" not in answer(ROWS, {"flash_kib": 400})[1]
 
 
-def test_measured_figures_come_first_and_the_answer_says_which():
+def test_counted_figures_come_first_and_the_answer_says_which():
     rows = [dict(r) for r in ROWS]
     text = answer(rows, {"flash_kib": 200, "ram_kib": 64})[1]
-    assert text.count("modelled") == 2 and "measured" not in text
+    assert text.count("modelled") == 2 and "counted" not in text
     rows[3]["m4_flash_bytes"] = 199 * 1024
     fits, text = answer(rows, {"flash_kib": 200})
-    assert fits and f"Best: {rows[3]['variant']}" in text and "measured: the linked" in text
+    assert fits and f"Best: {rows[3]['variant']}" in text and "counted: the linked" in text
     # An estimate does not stand beside a measurement of the same limit.
     assert "1 of 1 variants fit" in text and "4 more lack a figure" in text
     rows[3]["m4_flash_bytes"] = None  # not run on the target: as good as absent
@@ -309,7 +309,7 @@ def test_answers_without_torch_or_numpy(tmp_path):
 
 def test_committed_run_answers(tmp_path):
     text = run(REPOSITORY, "--run", "reference", "--budget", "flash_kib=400").stdout
-    assert "Best: " in text and "int8" in text and "measured: the linked" in text
+    assert "Best: " in text and "int8" in text and "counted: the linked" in text
     # FP32 variants have no figure on the chip, INT8 ones have.
     text = run(REPOSITORY, "--run", "reference", "--budget", "energy_stm32l4r5_uj=3000").stdout
     assert "Best: pruned_90_energy_int8" in text and "do not compete" in text
