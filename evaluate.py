@@ -204,7 +204,11 @@ def require_complete(paths: list[Path], metrics: Path) -> None:
     if not metrics.exists():
         return
     names = {path.stem for path in paths}
-    lost = [r["variant"] for r in read_rows(metrics, {}) if r["variant"] not in names]
+    try:
+        rows = read_rows(metrics, {})
+    except UserError:
+        raise UserError(f"{metrics} is damaged; delete {metrics} to make it anew") from None
+    lost = [r["variant"] for r in rows if r["variant"] not in names]
     if lost:
         raise UserError(
             f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "
@@ -232,6 +236,9 @@ def measure(paths: list[Path], args) -> list[dict]:
     from edgecnn.data import load_judging
     from edgecnn.train import pick_device
 
+    twice = [path for path in paths if [p.stem for p in paths].count(path.stem) > 1]
+    if twice:
+        raise UserError(f"{' and '.join(map(str, twice))} have one name; evaluate them one by one")
     datasets = []
     for path in paths:  # every file is checked before minutes are spent on the first
         checkpoint = load_checkpoint(path)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgecnn.checkpoint import dataset_of, find_checkpoints, load_checkpoint, provenance
+from edgecnn.checkpoint import dataset_of, int8_of_lowest_seed, load_checkpoint, provenance
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -54,7 +54,7 @@ C_ENGINES = ("fbgemm", "qnnpack")  # torch's kernels that the generated C is hel
 
 
 def compare_logits(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict:
-    """How the logits (N, 10) of an artifact agree with PyTorch's, both int8 at the same scale."""
+    """How the logits (N, classes) of an artifact agree with PyTorch's, both int8 at the same scale."""
     predicted, expected = theirs.argmax(1), ours.argmax(1)  # the first of equals, as torch's argmax
     count, differing = len(labels), int((predicted != expected).sum())
     correct, torch_correct = (int((classes == labels).sum()) for classes in (predicted, expected))
@@ -182,12 +182,7 @@ def int8_checkpoints(args, run: str) -> dict[Path, dict]:
     """The checkpoints to export, all of them checked before the first takes its time."""
     if args.checkpoint:
         return {args.checkpoint: load_checkpoint(args.checkpoint, "int8")}
-    checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
-    found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
-    if not found:
-        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
-    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
-    return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
+    return int8_of_lowest_seed(run)
 
 
 def export_step(path: Path, folder: Path, args) -> Step:
@@ -225,9 +220,15 @@ def main():
     steps = {path: export_step(path, folder, args) for path in checkpoints}
     todo = [path for path, step in steps.items() if not step.kept()]
     judging = functools.cache(load_judging)
+    failed = []
     for path in todo:
         data, test_set = judging(dataset_of(checkpoints[path]), args.data_dir)
-        export(steps[path], checkpoints[path], data, test_set, args)
+        try:
+            export(steps[path], checkpoints[path], data, test_set, args)
+        except UserError as error:  # the variants behind it may be sound
+            failed.append(str(error))
+    if failed:
+        raise UserError("; ".join(dict.fromkeys(failed)))
 
 
 if __name__ == "__main__":

@@ -51,9 +51,8 @@ from edgecnn.marks import (
     short_labels,
     styles_of,
 )
-from edgecnn.names import results_dir
+from edgecnn.names import TEST_SET, results_dir
 from edgecnn.panels import ENERGY, FLASH, PANELS, SCORE, complete, panel_axis, references_for
-from edgecnn.peers import TEST_SET
 from edgecnn.shading import budget_note, shade
 from edgecnn.step import results_step, source_digests
 
@@ -169,7 +168,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
     bottom = 0.195 + 0.022 * (notes.count("\n") - 3)
     figure.subplots_adjust(left=0.065, right=0.99, top=0.875, bottom=bottom, wspace=0.06)
     axes = figure.subplots(1, len(PANELS), sharey=True)
-    drawn = {}  # what legend entries stand for
+    entries = {}  # what legend entries stand for
     names = dict(zip((row["variant"] for row in rows), short_labels(rows), strict=True))
     own = [row.get(key) for row in rows for key in ("accuracy_percent", *CI_KEYS)]
     own = [value for value in [*own, limits.get("accuracy")] if value is not None]
@@ -179,7 +178,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
         here = [row for row in rows if row.get(key) is not None]
         costs = [row[key] / unit for row in here]
         found = [entry for entry in others if key in entry[2]]
-        drawn |= {entry[0]: entry for entry in found}
+        entries |= {entry[0]: entry for entry in found}
         references = [(mark, o[key] / unit, o["accuracy_percent"]) for _, mark, o in found]
         ends = [*costs, *(cost for _, cost, _ in references)]
         if bound:  # the limit too, so far as a region below it has anything to show
@@ -197,7 +196,7 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
         fontsize=14,
         y=0.985,
     )
-    handles = legend_handles(rows, styles, list(drawn.values()), bool(limits))
+    handles = legend_handles(rows, styles, list(entries.values()), bool(limits))
     add_legend(figure, handles, axes[0].get_window_extent().y1, bool(limits))
     look = {"fontsize": 9.5, "color": "#333333", "va": "bottom", "parse_math": False}
     figure.text(0.065, 0.012, notes, **look)

@@ -175,7 +175,7 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
     lineage = parent_fields(step.parents[0])
     if teacher:
-        lineage["teacher_sha256"] = list(step.digests.values())[-1]
+        lineage["teacher_sha256"] = step.digest_of(step.parents[1])
     start = f"{sorted(step.digests.items())} at {args.sparsity} {args.criterion} {args.multiple}"
     history = fit(
         model,

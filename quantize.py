@@ -11,6 +11,7 @@ BN is folded and ReLU fused; activations are unsigned 8 bit, per tensor; weights
 [-127, 127], per channel for convolutions and per tensor for Linear layers. A zero weight stays zero.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -66,12 +67,12 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def quantize_checkpoint(step: Step, parent_path: Path, args) -> None:
-    """Quantize one FP32 checkpoint, and write what became of it."""
+def quantize_checkpoint(step: Step, parent_path: Path, args, reload) -> None:
+    """Quantize one FP32 checkpoint, and write what became of it. reload: data.reload_training."""
     parent = load_checkpoint(parent_path, "fp32")
     ancestry, dataset = parent["provenance"], dataset_of(parent)
     holdout = ancestry.get("holdout", False)  # then the calibration sees no validation image either
-    (images, _), _ = reload_training(dataset, args.data_dir, holdout)
+    (images, _), _ = reload(dataset, args.data_dir, holdout)
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
     chosen = torch.randperm(len(images), generator=generator)[: args.calibration_images]
 
@@ -106,11 +107,12 @@ def main():
     folder, only = checkpoints_dir(run), [args.checkpoint] if args.checkpoint else []
     there = sorted(folder.glob("*_fp32.pt"))  # a clone may hold the INT8 ones alone
     made = [path.with_stem(path.stem[:-4] + "fp32") for path in sorted(folder.glob("*_int8.pt"))]
+    reload = functools.cache(reload_training)
     for path in only or there or made or [folder / "baseline_fp32.pt"]:
         name = path.stem.removesuffix("_fp32") + "_int8"
         step = variant_step(run, name, "quantize.py", arguments, (path,), args.force)
         if not step.kept():
-            quantize_checkpoint(step, path, args)
+            quantize_checkpoint(step, path, args, reload)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from edgecnn.checkpoint import dataset_of, find_checkpoints, load_checkpoint
+from edgecnn.checkpoint import dataset_of, int8_of_lowest_seed
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -86,9 +86,11 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
     return row | {"m4_checked_images": len(inputs)}
 
 
-def hardware_row(path: Path, images: torch.Tensor, folder: Path, accelerator: str) -> dict:
+def hardware_row(
+    path: Path, checkpoint: dict, images: torch.Tensor, folder: Path, accelerator: str
+) -> dict:
     """One row of hardware.json. Raises UserError where a tool fails."""
-    checkpoint, digest = load_checkpoint(path), sha256(path)
+    digest = sha256(path)
     tflite, figures = exported(folder, path.stem, digest)
     row = {"variant": path.stem, "checkpoint_sha256": digest, "hardware_commit": COMMIT, **figures}
     if tflite and vela_installed():
@@ -112,9 +114,8 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
     return row | npu_cost(write_tflite(sparse, "break_even"), accelerator)
 
 
-def break_even(path: Path, images: torch.Tensor, accelerator: str) -> list[dict]:
+def break_even(checkpoint: dict, images: torch.Tensor, accelerator: str) -> list[dict]:
     """The rows of break_even.json; none where a tool is missing: not measured."""
-    checkpoint = load_checkpoint(path, "int8")
     try:
         require_tools()
         if not vela_installed():
@@ -157,15 +158,8 @@ def parse_arguments():
 
 def variants(run: str) -> dict[Path, dict]:
     """The INT8 checkpoints of the lowest seed, the dense baseline first; raises UserError."""
-    checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
-    found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
-    if not found:
-        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
-    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
-    ours = {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
-    return dict(
-        sorted(ours.items(), key=lambda item: item[1]["provenance"]["method"] != "baseline")
-    )
+    found = int8_of_lowest_seed(run).items()
+    return dict(sorted(found, key=lambda item: item[1]["provenance"]["method"] != "baseline"))
 
 
 def tools() -> dict[str, str]:
@@ -203,9 +197,11 @@ def main():
     (images, _), _ = load_judging(dataset, args.data_dir)
     images = normalize(images[: args.images], dataset)
     if args.break_even:
-        rows = break_even(paths[0], images, args.accelerator)
+        rows = break_even(checkpoints[paths[0]], images, args.accelerator)
     for path in [] if args.break_even else paths:
-        rows.append(hardware_row(path, images, folder / "edge", args.accelerator))
+        rows.append(
+            hardware_row(path, checkpoints[path], images, folder / "edge", args.accelerator)
+        )
         if "m4_instructions" in rows[-1]:
             print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
     step.commit({step.outputs[0]: json_bytes(rows)})

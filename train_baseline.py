@@ -62,7 +62,8 @@ from edgecnn.train import (
 HEADLINE_RECIPE = BASELINE_RECIPE | {"epochs": 60}
 FEW_STEPS = 200  # below which a training gets a note
 GIVEN_IMAGES = 2000  # about so many tell how well --weights fit
-NETWORK = ("network", "data", "input_size", "augment")  # decisive arguments of this step alone
+# The decisive arguments of this step alone.
+NETWORK = ("network", "weights", "data", "input_size", "augment")
 
 
 def parse_arguments():
@@ -154,7 +155,7 @@ def main():
         parts, teacher = (validation, step.resume_path, step.code), None
         if args.teacher:
             teacher = load_teacher(args.teacher, dataset, args.holdout)
-            lineage["teacher_sha256"] = list(step.digests.values())[-1]  # of the last parent
+            lineage["teacher_sha256"] = step.digest_of(args.teacher)
         history = fit(model, train, dataset, recipe, device, *parts, teacher=teacher)
 
     origin = provenance(step.record.stem, args, **lineage, seed=args.seed, holdout=args.holdout)

@@ -12,6 +12,7 @@ seen through a moving average of its weights and BN statistics, tracked beside i
 """
 
 import functools
+import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -92,6 +93,11 @@ def name_of(trial: str, seed: int) -> str:
     return f"{trial}_seed{seed}" if seed else trial
 
 
+def is_of(path: Path, trial: str) -> bool:
+    """Whether a file is that trial's, of whatever seed: another's name may begin alike."""
+    return re.fullmatch(rf"{trial}(_seed\d+)?", path.stem) is not None
+
+
 def network() -> torch.nn.Module:
     """The first network with random weights, as every step trains it."""
     return module_of(*capture(EdgeCNN(), CIFAR10.shape))
@@ -101,7 +107,9 @@ def load_trial(name: str, seed: int, run: str) -> torch.nn.Module:
     """The network that a trial left; raises UserError where it is missing."""
     path = checkpoints_dir(run) / f"{name_of(name, seed)}.pt"
     if not path.exists():
-        raise UserError(f"{path} is missing; make it with: benchmarks/ablation.py {name} --force")
+        raise UserError(
+            f"{path} is missing; make it with: benchmarks/ablation.py {name} --seed {seed} --force"
+        )
     model = network()
     try:
         model.load_state_dict(read_torch(path))
@@ -226,15 +234,16 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="two epochs on the small sample")
     add_force_argument(parser)
     args = parser.parse_args()
-    device, run = pick_device("auto"), "smoke" if args.smoke else RUN
+    device, run = pick_device("auto"), f"{RUN}_smoke" if args.smoke else RUN
     load = functools.cache(lambda: load_training(data_source(args), args.data_dir, holdout=True))
     for name in args.trials or TRIALS:
         trial = replace(TRIALS[name], epochs=SMOKE_EPOCHS) if args.smoke else TRIALS[name]
         step = trial_step(name, trial, args.seed, run, args.force)
         if not step.kept():
             run_trial(step, name, trial, args.seed, run, load(), device)
-    paths = [results_dir(run) / f"{name_of(n, s)}.json" for n in TRIALS for s in range(10)]
-    text = table([read_record(path, "this script", READ) for path in paths if path.exists()])
+    paths = [p for n in TRIALS for p in results_dir(run).glob(f"{n}*.json") if is_of(p, n)]
+    results = [read_record(path, "this script", READ) for path in paths]
+    text = table(sorted(results, key=lambda result: result["seed"]))
     write_text(results_dir(run) / "table.md", text)
     print(text)
 

@@ -11,8 +11,6 @@ counted. A least-squares fit with no negative coefficient spreads them over what
 much a layer, a group, a word, an entry, an output (the features of edgecnn/deploy/kernels.py).
 """
 
-import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from edgecnn.cli import Parser  # noqa: E402
 from edgecnn.deploy import c_source, cortex_m, kernels  # noqa: E402
+from edgecnn.errors import user_errors_exit_2  # noqa: E402
+from edgecnn.files import write_json  # noqa: E402
 from edgecnn.graph import INPUT, Graph, Node, tensor_shapes, to_plain  # noqa: E402
 
 POOL = {"kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
@@ -221,15 +222,15 @@ def measure(smoke: bool) -> dict:
     return figures | cortex_m.tool_versions()
 
 
+@user_errors_exit_2
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--smoke", action="store_true", help="two layers a kernel, writes nothing")
     args = parser.parse_args()
+    cortex_m.require_tools()
     found = measure(args.smoke)
     if not args.smoke:
-        kernels.COSTS.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(kernels.COSTS, found)
         print(f"wrote {kernels.COSTS}")
 
 

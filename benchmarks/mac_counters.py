@@ -38,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from edgecnn.checkpoint import COMMIT
-from edgecnn.cli import Parser, run_name
+from edgecnn.cli import Parser, run_folder, run_name
 from edgecnn.errors import user_errors_exit_2
-from edgecnn.files import require_writable, write_json, write_text
+from edgecnn.files import json_bytes, require_writable, write_files
 from edgecnn.names import results_dir
 from edgecnn.tables import markdown_table
 from edgecnn.train import environment
@@ -258,7 +258,9 @@ def tables(result: dict) -> str:
 @user_errors_exit_2
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--run", default="", metavar="NAME", help="write to results/NAME/")
+    parser.add_argument(
+        "--run", type=run_folder, default="", metavar="NAME", help="write to results/NAME/"
+    )
     parser.add_argument("--smoke", action="store_true", help="one small model, seconds")
     args = parser.parse_args()
     folder = results_dir(run_name(args))
@@ -287,8 +289,7 @@ def main():
         "commit": COMMIT,
     }
     path = folder / "mac_counters.json"
-    write_json(path, result)
-    write_text(path.with_suffix(".md"), tables(result))
+    write_files({path: json_bytes(result), path.with_suffix(".md"): tables(result).encode()})
     print(tables(result))
     print(f"wrote {path} and {path.with_suffix('.md')}")
 

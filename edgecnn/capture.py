@@ -426,7 +426,7 @@ def mean_captured(b: Builder, node: fx.Node, a: dict) -> Value:
     """The mean over rows and columns, also where the user's code has joined the two."""
     value = b.value(a["input"])
     source, axes = value.memory.node, len(value.shape) + 1
-    held, dims = b.shapes[source], sorted(d % axes for d in a["dim"] or range(axes))
+    held, dims = b.shapes[source], sorted(d % axes for d in a.get("dim") or range(axes))
     whole = len(held) == 3 and value.shape[0] == held[0] and len(value.shape) > 1
     require(whole and dims == list(range(2, axes)), "a mean over anything but rows and columns")
     pooled = b.make("global_avg_pool", [source], {})

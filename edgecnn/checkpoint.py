@@ -223,6 +223,16 @@ def find_checkpoints(run: str) -> list[Path]:
     return paths
 
 
+def int8_of_lowest_seed(run: str) -> dict[Path, dict]:
+    """The run's INT8 checkpoints of its lowest seed, all checked; raises UserError without one."""
+    checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
+    found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
+    if not found:
+        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
+    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
+    return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
+
+
 def require_unseen_holdout(checkpoint: dict, holdout: bool) -> None:
     """Raise UserError when a validation figure is asked of weights that saw the validation images."""
     origin = checkpoint["provenance"]

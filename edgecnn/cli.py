@@ -42,10 +42,15 @@ def positive_int(text: str) -> int:
     return value
 
 
+TAKEN = ("edge", "steps", "front")  # below results/, where the default run and joint tables lie
+
+
 def run_folder(text: str) -> str:
     """The name of a run's folder below checkpoints/ and results/, or argparse's error."""
     if text and not re.fullmatch(r"[\w-]{1,100}", text):
         raise argparse.ArgumentTypeError(f"{text} is not a name of letters, digits, _ and -")
+    if text in TAKEN:
+        raise argparse.ArgumentTypeError(f"{text} is a folder of results/ with another purpose")
     return text
 
 
@@ -121,6 +126,7 @@ def add_data_arguments(parser: Parser) -> None:
     """What a network is trained on and how it is varied: --data, --input-size, --augment."""
     parser.add_argument(
         "--data",
+        type=lambda text: text.rstrip("/") or text,  # a folder by one name
         default="cifar10",
         metavar="SOURCE",
         help="cifar10, a folder of pictures (train/<class>/* and test/<class>/*, or <class>/* alone), "
@@ -247,7 +253,7 @@ def run_name(args: argparse.Namespace) -> str:
         raise UserError(f"--run {args.run} and --smoke ask for different folders; give one")
     checkpoint = getattr(args, "checkpoint", None)
     if checkpoint and not (args.run or implied):
-        folder = checkpoint.parent
-        if folder.parent == checkpoints_dir() and folder.name != "..":
+        folder = checkpoint.parent.resolve()
+        if folder.parent == checkpoints_dir().resolve():
             return folder.name
     return args.run or implied

@@ -22,7 +22,7 @@ from edgecnn.dataset import (
     shape_problem,
 )
 from edgecnn.errors import UserError
-from edgecnn.peers import TEST_SET
+from edgecnn.names import TEST_SET
 from edgecnn.pictures import LAYOUT, load_folder, resized, resized_split
 from edgecnn.split import (
     Shape,

@@ -7,7 +7,7 @@ import torch
 from edgecnn.graph import INPUT, Graph, Node, macs_of, shapes_of, tensor_shapes
 from edgecnn.rewrite import deployed_graph, folded_tensors
 
-IN_PLACE = ("relu", "relu6", "flatten", "dropout", "batch_norm")  # may overwrite what they read
+IN_PLACE = ("relu", "relu6", "flatten")  # may overwrite what they read
 HEADER = ("layer", "operation", "output", "MACs", "parameters", "zeros %")
 
 

@@ -20,6 +20,7 @@ BLOCK = re.compile(r"<!-- begin: ([\w-]+) ([\w-]+) -->\n(.*?)<!-- end: \1 \2 -->
 ANY = (0, 1e15)
 NEEDED = dict.fromkeys(("size_bytes", "macs", "macs_nonzero", "sparsity_percent"), ANY)
 NEEDED |= {"relative_energy": ANY}
+NEEDED |= dict.fromkeys(("seed", "method", "precision"))
 NEEDED |= dict.fromkeys(("accuracy_ci95_low_percent", "accuracy_ci95_high_percent"), (0, 100))
 
 

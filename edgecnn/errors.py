@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import os
+import re
 import sys
 
 from edgecnn.text import one_line
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -52,5 +55,12 @@ def user_errors_exit_2(main):
                 discard(1)
             where = error.filename or "the output"
             stop(f"error: cannot use {where}: {error.strerror or error}")
+        except (
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch has an error of its own for each device
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
+            stop("error: this machine has not enough memory for that; try a smaller --batch-size")
 
     return wrapped

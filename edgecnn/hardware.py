@@ -54,7 +54,8 @@ def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
             for key, value in found.get(row.get("checkpoint_sha256"), {}).items()
             if key.startswith(HARDWARE_KEYS) and not isinstance(value, dict | list)
         }
-        energy = stm32l4r5_energy_uj(theirs) if theirs.keys() >= ENERGY_NEEDS else {}
+        complete = all(theirs.get(key) is not None for key in ENERGY_NEEDS)
+        energy = stm32l4r5_energy_uj(theirs) if complete else {}
         joined.append(ours | theirs | energy)
     return joined
 

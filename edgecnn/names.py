@@ -5,6 +5,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUGMENTATIONS = ("both", "flip", "crop", "none")  # random changes of training pictures
+TEST_SET = "CIFAR-10 test set"  # what its figures say they are of
 # What `prune_finetune.py --structure` takes and its criterion, left out of a name, like seed 0.
 DEFAULT_CRITERIA = {"weights": "layer-rank", "channels": "macs"}
 # `channels_30_bytes_pruned_80_energy_seed1_int8`: channels went first, then weights of what was left.

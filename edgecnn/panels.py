@@ -3,7 +3,8 @@
 from edgecnn.budget import KIB, LIMITS, figure_for
 from edgecnn.errors import UserError
 from edgecnn.files import run_of
-from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
+from edgecnn.names import TEST_SET
+from edgecnn.peers import ORIGINAL, RESNET8
 
 # A panel a line: the row's key, what one axis unit is in the key's unit, the axis label, and the
 # limits of a budget that take its place.

@@ -1,6 +1,7 @@
-"""Figures of others, shown beside ours and never on our front. Imports no torch."""
+"""Figures of others, shown beside ours and never on our front. Imports no torch.
 
-TEST_SET = "CIFAR-10 test set"  # they are of it; no other images' figures stand beside them
+They are of the CIFAR-10 test set (names.TEST_SET); no other images' figures stand beside them.
+"""
 
 # MLPerf Tiny's CIFAR-10 model, the int8 .tflite as published (benchmark v1.x).
 # Accuracy: as published, and under tflite-micro (with its arena), measured on the 10,000 test images.

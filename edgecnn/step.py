@@ -28,7 +28,7 @@ from edgecnn.names import (
 )
 
 # Modules that check, name and store; what they do decides no figure.
-PLUMBING = ("checkpoint", "cli", "errors", "files", "names", "step")
+PLUMBING = ("checkpoint", "cli", "describe", "errors", "files", "names", "step", "text")
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -98,10 +98,19 @@ class Step:
 
     @property
     def named_parents(self) -> dict[str, Path]:
-        """The parents by file name, those of several runs by run and file name."""
+        """The parents by file name; where two share one by run and file name, or by path."""
         paths = dict.fromkeys(self.parents)  # a parent may teach its own child
-        one_name = len({path.name for path in paths}) < len(paths)
-        return {f"{p.parent.name}/{p.name}" if one_name else p.name: p for p in paths}
+        for name in (lambda p: p.name, lambda p: f"{p.parent.name}/{p.name}", str):
+            named = {name(path): path for path in paths}
+            if len(named) == len(paths):
+                break
+        return named
+
+    def digest_of(self, parent: Path) -> str:
+        """The digest of a parent when work began."""
+        return next(
+            self.digests[name] for name, path in self.named_parents.items() if path == parent
+        )
 
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
@@ -233,7 +242,7 @@ def variant_step(
     Raises UserError where the checkpoint is a parent of itself.
     """
     record, output = results_dir(run) / f"{name}.json", checkpoints_dir(run) / f"{name}.pt"
-    if output in parents:
+    if output.resolve() in (path.resolve() for path in parents):
         raise UserError(f"{output} would replace what it is made from; give another --run")
     code = source_digests(script)
     return Step(run, record, arguments, tuple(parents), (output,), code, force, defaults or {})

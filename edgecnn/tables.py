@@ -9,8 +9,8 @@ import statistics
 from edgecnn.compare import CHANGE_KEYS, crossing, group
 from edgecnn.files import lowest_seed_rows
 from edgecnn.hardware import PICOJOULES_A_CYCLE, stm32l4r5_energy_uj
-from edgecnn.names import is_always_shown, is_pruned
-from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8, TEST_SET
+from edgecnn.names import TEST_SET, is_always_shown, is_pruned
+from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8
 from edgecnn.text import markdown_cell
 
 KIB = 1024  # bytes

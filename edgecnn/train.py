@@ -112,7 +112,7 @@ def diverged(what: str) -> UserError:
 
 
 def distillation_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-    """How far the student's (N, 10) logits are from the teacher's: KL divergence at TEMPERATURE.
+    """How far the student's (N, classes) logits are from the teacher's: KL divergence at TEMPERATURE.
 
     Times TEMPERATURE^2, so that its gradients keep their size. Source: Hinton et al., "Distilling
     the knowledge in a neural network" (arXiv 1503.02531), section 2.
@@ -221,8 +221,11 @@ def fit(
     to be what pickle takes. `teacher`, in evaluation mode, is what
     recipe.distillation needs; recipe.start tells which. `epochs_after` is how many the step will
     train after this call, for the printed estimate of the time left.
-    Raises UserError on a non-finite loss, and on a resume file of other arguments or another machine.
+    Raises UserError on a non-finite loss, on batches of one image, and on a resume file of other
+    arguments or another machine.
     """
+    if min(recipe.batch_size, len(train[1])) < 2:
+        raise UserError("batch norm has nothing to compare in a batch of one; give --batch-size 2")
     keep_freed_memory()
     model.to(device, memory_format=torch.channels_last)
     if teacher is not None:

@@ -28,17 +28,17 @@ def test_a_moving_average_starts_with_the_first_weights_and_forgets_them_at_its_
 def test_every_trial_runs_and_ends_at_its_zeros(workdir, capsys):
     run_main("benchmarks.ablation", "--smoke")
     for name, trial in TRIALS.items():
-        result = json.loads((workdir / f"results/smoke/{name}.json").read_text())
-        weights = torch.load(workdir / f"checkpoints/smoke/{name}.pt", weights_only=True)
+        result = json.loads((workdir / f"results/ablation_smoke/{name}.json").read_text())
+        weights = torch.load(workdir / f"checkpoints/ablation_smoke/{name}.pt", weights_only=True)
         weights = [value for value in weights.values() if value.ndim > 1]
         zeros = sum(int((value == 0).sum()) for value in weights)
         assert zeros == round(trial.sparsity * sum(value.numel() for value in weights))
         assert result["sparsity"] == trial.sparsity and len(result["history"]) == 2
-    table = (workdir / "results/smoke/table.md").read_text()
+    table = (workdir / "results/ablation_smoke/table.md").read_text()
     assert table.count("\n") == len(TRIALS) + 2
     capsys.readouterr()
     run_main("benchmarks.ablation", "--smoke", "distilled_95")
-    assert "kept: checkpoints/smoke/distilled_95.pt\n" in capsys.readouterr().out
+    assert "kept: checkpoints/ablation_smoke/distilled_95.pt\n" in capsys.readouterr().out
 
 
 def test_the_table_holds_a_trial_against_the_other_on_the_same_seed():

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,8 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
         ("train_baseline", ("--epochs", "0"), "at least 1"),
         ("train_baseline", ("--epochs", "-3"), "at least 1"),
         ("train_baseline", ("--batch-size", "0"), "at least 1"),
+        ("train_baseline", ("--batch-size", "1", "--smoke"), "--batch-size 2"),
+        ("train_baseline", ("--run", "edge"), "another purpose"),
         ("train_baseline", ("--batch-size", "-256"), "at least 1"),
         ("train_baseline", ("--learning-rate", "nan"), "above 0"),
         ("train_baseline", ("--seed", "-1"), "outside"),
@@ -348,7 +351,7 @@ def test_two_files_of_one_name(copy, capsys):
     before = snapshot(copy)
     with pytest.raises(SystemExit) as stop:
         run_main("evaluate", "--smoke", *files)
-    assert stop.value.code == 2 and "same variant" in capsys.readouterr().err
+    assert stop.value.code == 2 and "have one name" in capsys.readouterr().err
     assert snapshot(copy) == before
 
 
@@ -362,6 +365,23 @@ def test_a_measured_variant_is_not_dropped_in_silence(copy, capsys):
     (copy / FOLDER / "pruned_50_int8.pt").unlink()
     error = fails(capsys, copy, "evaluate", "--smoke")
     assert "pruned_50_int8" in error and "delete metrics.json" in error
+
+
+def test_a_damaged_table_of_figures_can_be_made_again(copy, capsys):
+    path = copy / "results/smoke/metrics.json"
+    path.write_text("<<<<<<< ours\n" + path.read_text())
+    assert f"delete {path.relative_to(copy)}" in fails(capsys, copy, "evaluate", "--smoke")
+    path.unlink()
+    run_main("evaluate", "--smoke")
+
+
+def test_a_checkpoint_s_run_is_the_same_by_whatever_path(copy, capsys):
+    (copy / "checkpoints/smoke").rename(copy / "checkpoints/mine")
+    again = ("--calibration-images", 64, "--force")
+    for folder in ("checkpoints/mine", copy / "checkpoints/mine", "results/../checkpoints/mine"):
+        run_main("quantize", "--checkpoint", Path(folder) / "baseline_fp32.pt", *again)
+        assert "checkpoints/mine/baseline_int8.pt" in capsys.readouterr().out
+    assert not (copy / "checkpoints/baseline_int8.pt").exists()
 
 
 def test_validation_figures_of_weights_that_saw_the_images_are_refused(copy, capsys):

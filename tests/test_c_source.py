@@ -58,6 +58,17 @@ def test_foreign_networks_equal_exact_integers(library, name):
         assert differing_step(library, plan, checkpoint, image) is None, (name, storage)
 
 
+@pytest.mark.parametrize("name", ["image", "flipped", "input.flipped"])
+def test_a_layer_may_have_any_name(library, name):
+    pool = Node(
+        "pool", "max_pool", (INPUT,), {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0)}
+    )
+    wide = conv(name, "pool", 16, (3, 3), padding=(1, 1), activation="relu")
+    checkpoint = random_checkpoint(ended((3, 16, 16), pool, wide), clamped=True)
+    image = random_images(ended((3, 16, 16), pool), 1)[0]
+    assert differing_step(library, planned(checkpoint), checkpoint, image) is None
+
+
 def test_generated_file_equals_exact_integers_on_many_images():
     graph = deployed_network("resnet8")
     checkpoint = random_checkpoint(graph)

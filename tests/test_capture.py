@@ -391,6 +391,7 @@ REFUSED = {  # what -> (network, what the line must say)
     "product": (middle(lambda m, x: (x * x).flatten(1)), ["runs mul"]),
     "permuted": (middle(lambda m, x: x.permute(0, 2, 3, 1).flatten(1)), ["runs permute"]),
     "mixed images": (middle(lambda m, x: x.view(1, -1).view(2, -1)), ["its own numbers"]),
+    "mean of all": (middle(lambda m, x: (x - x.mean()).flatten(1)), ["rows and columns"]),
     "mean of rows": (middle(lambda m, x: x.mean(2).flatten(1), 32), ["rows and columns"]),
     "softmax inside": (middle(lambda m, x: F.softmax(x.flatten(1), 1)), ["ends the network"]),
     "softmax over images": (middle(lambda m, x: F.softmax(x.flatten(1), 0), None), ["dimension 0"]),

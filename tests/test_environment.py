@@ -9,11 +9,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
 from edgecnn.deploy import ethos_u
 from edgecnn.deploy.c_source import host_compiler
-from edgecnn.errors import UserError
+from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_json, write_json
 from edgecnn.tables import markdown_table
 from edgecnn.text import is_name, markdown_cell, one_line, picture_text
@@ -21,6 +22,33 @@ from simulate_hardware import exported
 
 RESULTS = REPOSITORY / "results/reference"
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_too_little_memory_ends_in_one_line(error, capsys):
+    @user_errors_exit_2
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "--batch-size" in capsys.readouterr().err
+
+
+def test_another_runtime_error_is_a_programming_error():
+    @user_errors_exit_2
+    def main():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main()
 
 
 @pytest.fixture

@@ -203,6 +203,9 @@ def test_given_weights_say_how_well_they_know_the_pictures(workdir, capsys):
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in stored.items())
     run_main("train_baseline", *own, "--run", "few", "--epochs", 2)
     assert "note: 2 steps in all are few" in capsys.readouterr().out
+    for run, *given in (("few", "--weights", "mine.pt"), ("given",)):
+        error = fails(capsys, workdir, "train_baseline", *own, "--run", run, *given)
+        assert "was made with" in error and "weights" in error
     said = fails(capsys, workdir, "train_baseline", *own, "--run", "no", "--weights", "whole.pt")
     assert "torch.save(model.state_dict(), FILE)" in said
     for idle in (("--epochs", 3), ("--headline",), ("--label-smoothing", 0.05)):

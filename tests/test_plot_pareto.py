@@ -24,7 +24,8 @@ from edgecnn.errors import UserError
 from edgecnn.files import run_of
 from edgecnn.front import read_runs
 from edgecnn.labels import overlaps
-from edgecnn.peers import ORIGINAL, TEST_SET
+from edgecnn.names import TEST_SET
+from edgecnn.peers import ORIGINAL
 
 SCRIPT = str(REPOSITORY / "plot_pareto.py")
 

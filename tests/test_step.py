@@ -10,9 +10,9 @@ import pytest
 from conftest import REPOSITORY, snapshot
 
 from edgecnn.errors import UserError
-from edgecnn.files import atomic_path, write_files
+from edgecnn.files import atomic_path, sha256, write_files
 from edgecnn.names import COMMITTED_RUNS
-from edgecnn.step import results_step, source_digests
+from edgecnn.step import results_step, source_digests, variant_step
 
 OUTPUTS = ("figures.json", "table.md")
 
@@ -46,6 +46,23 @@ def test_a_result_stands_until_something_that_made_it_changes(make, workdir, cap
     assert make(code="b", force=True)
     assert make(code="b", parents=("in.txt", "results/table.md"))
     assert make(code="b")  # one parent fewer is a change too
+
+
+def test_parents_of_one_name_are_told_apart(workdir):
+    paths = [workdir / f"{clone}/checkpoints/a.pt" for clone in ("one", "other")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text(str(path))
+    step = results_step(Path("results"), "show", {}, {}, paths, OUTPUTS)
+    assert not step.kept()
+    assert [step.digest_of(path) for path in paths] == [sha256(path) for path in paths]
+    assert len(step.digests) == 2
+
+
+@pytest.mark.parametrize("way", [Path, lambda path: Path(path).absolute()])
+def test_a_variant_is_no_parent_of_itself_however_it_is_called(workdir, way):
+    with pytest.raises(UserError, match="would replace what it is made from"):
+        variant_step("mine", "a", "quantize.py", {}, [way("checkpoints/mine/a.pt")])
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -10,7 +10,8 @@ from edgecnn.compare import compare
 from edgecnn.errors import UserError
 from edgecnn.front import front_table
 from edgecnn.hardware import PICOJOULES_A_CYCLE, with_hardware
-from edgecnn.peers import ORIGINAL, RESNET8, TEST_SET
+from edgecnn.names import TEST_SET
+from edgecnn.peers import ORIGINAL, RESNET8
 from edgecnn.tables import (
     AXES,
     ENERGY,

@@ -25,8 +25,8 @@ from edgecnn.names import REPOSITORY
 from edgecnn.quantized import int8_module, integer_logits, quantize_images
 
 FIRMWARE = REPOSITORY / "firmware"
-KERNELS = ("conv_direct", "conv_winograd", "conv_sparse", "conv_depthwise", "linear", "pool")
-KERNELS = tuple(f"{name}.c" for name in (*KERNELS, "elementwise"))
+KERNELS = ("conv_direct.c", "conv_winograd.c", "conv_sparse.c", "conv_depthwise.c", "linear.c")
+KERNELS += ("pool.c", "elementwise.c")
 HEADERS = ("layers.h", "simd.h", "requantize.h", "multiply.h")
 EXAMPLE = "example_main.c"
 C_NAMES = (*KERNELS, *HEADERS, "main.c", "model.c", "model.h")  # a folder that compiles by itself
@@ -116,15 +116,15 @@ def call_source(plan: Plan, at: int) -> str:
     """The call of a step."""
     step = plan.steps[at]
 
-    def place(value: str, read: bool) -> str:
+    def place(value: str) -> str:
         if value == INPUT:
             return "(const uint8_t *)image"
         if value == plan.output:
             return "(uint8_t *)logits"
         return f"memory + {plan.offsets[value]}"
 
-    inputs = [place(value, True) for value in step.inputs]
-    output = place(step.output, False)
+    inputs = [place(value) for value in step.inputs]
+    output = place(step.output)
     if step.kernel == "flip_signs":
         return f"    flip_signs({inputs[0]}, {output}, {step.members['count']});\n"
     if step.kernel.startswith("conv_") and len(inputs) == 1:
@@ -269,9 +269,9 @@ def run_host(library: ctypes.CDLL, images: torch.Tensor, logits: int) -> torch.T
     return found
 
 
-def host_logits(checkpoint: dict, images: torch.Tensor, storage: str = "balanced") -> torch.Tensor:
+def host_logits(checkpoint: dict, images: torch.Tensor) -> torch.Tensor:
     """int8 logits (N, classes) of the generated C, compiled here, for int8 images (N, C, H, W)."""
-    source = c_source(checkpoint, storage)
+    source = c_source(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         library = compile_host([write_source(source, Path(folder))], Path(folder) / "model.so")
         return run_host(library, images, len(checkpoint["data"]["classes"]))
@@ -289,9 +289,7 @@ def agreement(logits: torch.Tensor, other: torch.Tensor) -> dict:
     }
 
 
-def host_parity(
-    checkpoint: dict, images: torch.Tensor, engines: tuple[str, ...], storage: str = "balanced"
-) -> dict:
+def host_parity(checkpoint: dict, images: torch.Tensor, engines: tuple[str, ...]) -> dict:
     """The generated C, compiled here, against exact integers and torch's engines.
 
     images: normalized float (N, C, H, W). Keys of the result: exact_integers and each engine, with
@@ -299,7 +297,7 @@ def host_parity(
     saturates on older x86, so exact_integers, which no CPU changes, is the one to insist on.
     """
     values = quantize_images(checkpoint, images)
-    logits = host_logits(checkpoint, values, storage)
+    logits = host_logits(checkpoint, values)
     found = {"exact_integers": agreement(logits, exact_logits(checkpoint, values))}
     for engine in engines:
         found[engine] = agreement(logits, integer_logits(int8_module(checkpoint, engine), images))
@@ -309,12 +307,12 @@ def host_parity(
 # ---- a folder that compiles by itself ----------------------------------------------------------
 
 
-def c_files(checkpoint: dict, storage: str = "balanced") -> dict[str, str]:
+def c_files(checkpoint: dict) -> dict[str, str]:
     """The texts of C_NAMES: kernels, model.c, model.h and an example: `cc *.c && ./a.out picture.ppm`.
 
     Raises UserError where the checkpoint does not fit the kernels.
     """
-    source = c_source(checkpoint, storage)
+    source = c_source(checkpoint)
     texts = {name: (FIRMWARE / name).read_text() for name in (*KERNELS, *HEADERS)}
     texts |= {"main.c": (FIRMWARE / EXAMPLE).read_text()}
     return texts | {"model.c": source.code, "model.h": source.header}

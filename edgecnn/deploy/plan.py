@@ -28,6 +28,8 @@ from edgecnn.graph import INPUT, Graph, from_plain, shapes_of
 
 FLIP = 0x80808080  # four bytes of q from four of int8 = q - 128
 HIGHEST = 255
+# Endings of a value that a node has besides its own; no node's name holds a space.
+FLIPPED, UNCLAMPED = " flipped", " unclamped"
 ALIGNMENT = 8
 ORDERS, ORDER_PAIRS = 50, 1_000_000  # of placing buffers that are tried; pairs looked at in all
 
@@ -272,8 +274,8 @@ def steps_of(network: Network, stored: dict[str, Stored]) -> list[Step]:
     behind = {f.node.name for f in fused.values()}
     steps, alias = [], {}
     if not flip:
-        steps.append(flip_step(INPUT, "image", shapes[INPUT]))
-        alias[INPUT] = "image"
+        steps.append(flip_step(INPUT, INPUT + FLIPPED, shapes[INPUT]))
+        alias[INPUT] = INPUT + FLIPPED
     for n in network.nodes:
         name, op, (source, *_) = n.node.name, n.node.op, n.node.inputs
         if name in behind:
@@ -296,7 +298,7 @@ def steps_of(network: Network, stored: dict[str, Stored]) -> list[Step]:
         made = renamed(made, alias)
         limited = n if clamps(n) else last
         if clamps(limited) and op not in ("relu", "relu6"):
-            raw = f"{made.output} unclamped"
+            raw = made.output + UNCLAMPED
             steps.append(replace(made, output=raw))
             made = clamp_step(limited._replace(shape=last.shape), raw)
             made = replace(made, node=name, output=last.node.name)
@@ -389,8 +391,7 @@ def sizes_of(graph: Graph, steps: list[Step]) -> dict[str, int]:
     """{value: bytes} of all that steps read or write."""
     shapes = shapes_of(graph)
     names = {name for step in steps for name in (*step.inputs, step.output)}
-    kept = {"image": INPUT}
-    return {n: math.prod(shapes[kept.get(n, n.removesuffix(" unclamped"))]) for n in names}
+    return {n: math.prod(shapes[n.partition(" ")[0]]) for n in names}
 
 
 def arranged(graph: Graph, steps: list[Step]) -> tuple[Plan, dict[int, int]]:
