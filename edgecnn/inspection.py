@@ -27,19 +27,25 @@ def inspection(path: Path) -> str:
     """What a checkpoint is, how it was made, its graph and tensors, and where MACs and energy sit."""
     checkpoint = load_checkpoint(path)
     graph, dataset, tensors = graph_of(checkpoint), dataset_of(checkpoint), checkpoint["tensors"]
-    stored = storage_bytes(tensors)
+    stored = {name: storage_bytes(tensor) for name, tensor in tensors.items()}
     lines = [
         [
             name,
             "x".join(map(str, tensor.shape)) or "scalar",
             str(tensor.dtype).removeprefix("torch."),
             f"{100 * (1 - int(tensor.count_nonzero()) / tensor.numel()):.1f}",
-            *(f"{size:,}" for size in storage_bytes({name: tensor}).values()),
+            *(f"{size:,}" for size in stored[name]),
         ]
         for name, tensor in tensors.items()
     ]
     header = ["Tensor", "Shape", "dtype", "Zeros %", "Raw B", "Non-zeros + bitmap B", "Coded B"]
-    total = ["total", "", "", "", *(f"{size:,}" for size in stored.values())]
+    total = [
+        "total",
+        "",
+        "",
+        "",
+        *(f"{sum(sizes):,}" for sizes in zip(*stored.values(), strict=True)),
+    ]
     return "\n".join(
         [
             f"{path}: {checkpoint['precision']}, {path.stat().st_size:,} bytes, SHA-256 {sha256(path)}",

@@ -113,16 +113,12 @@ def unpack(packed: dict) -> torch.Tensor:
     return torch.from_numpy(planes.reshape(-1)).view(dtype).reshape(shape)
 
 
-def storage_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Payload of the tensors under three codings, so that their gains are not mixed.
+def storage_bytes(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Bytes of a tensor under three codings, so that their gains are not mixed.
 
-    raw_dense_bytes: every value at its own width. raw_sparse_bytes: non-zeros plus a one-bit-a-value
-    bitmap where that is smaller, uncoded. coded_bytes: the same streams after lossless coding.
+    Every value at its own width; non-zeros plus a one-bit-a-value bitmap where that is smaller,
+    uncoded; the same streams after lossless coding.
     """
-    totals = {"raw_dense_bytes": 0, "raw_sparse_bytes": 0, "coded_bytes": 0}
-    for tensor in tensors.values():
-        totals["raw_dense_bytes"] += tensor.nbytes
-        streams = split_streams(tensor)[1]
-        totals["raw_sparse_bytes"] += sum(map(len, streams))
-        totals["coded_bytes"] += sum(len(encode_stream(stream)) for stream in streams)
-    return totals
+    streams = split_streams(tensor)[1]
+    coded = sum(len(encode_stream(stream)) for stream in streams)
+    return tensor.nbytes, sum(map(len, streams)), coded

@@ -22,7 +22,7 @@ from edgecnn.deploy.plan import Plan, Step, planned
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, shapes_of
 from edgecnn.names import REPOSITORY
-from edgecnn.quantized import int8_module, integer_logits, quantize_images
+from edgecnn.quantized import SIGNED_OFFSET, int8_module, integer_logits, quantize_images
 
 FIRMWARE = REPOSITORY / "firmware"
 KERNELS = ("conv_direct.c", "conv_winograd.c", "conv_sparse.c", "conv_depthwise.c", "linear.c")
@@ -170,9 +170,9 @@ def c_source(checkpoint: dict, storage: str = "balanced") -> Source:
 
 /* real = (value - zero point) * scale */
 #define IMAGE_SCALE {c_float(image["scale"])}
-#define IMAGE_ZERO_POINT {image["zero_point"] - 128}
+#define IMAGE_ZERO_POINT {image["zero_point"] - SIGNED_OFFSET}
 #define LOGITS_SCALE {c_float(own["scale"])}
-#define LOGITS_ZERO_POINT {own["zero_point"] - 128}
+#define LOGITS_ZERO_POINT {own["zero_point"] - SIGNED_OFFSET}
 
 extern const char *const class_names[LOGITS];
 

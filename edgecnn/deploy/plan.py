@@ -25,9 +25,9 @@ from edgecnn.deploy.kernels import (
     linear_choices,
 )
 from edgecnn.graph import INPUT, Graph, from_plain, shapes_of
+from edgecnn.quantized import HIGHEST
 
 FLIP = 0x80808080  # four bytes of q from four of int8 = q - 128
-HIGHEST = 255
 # Endings of a value that a node has besides its own; no node's name holds a space.
 FLIPPED, UNCLAMPED = " flipped", " unclamped"
 ALIGNMENT = 8
