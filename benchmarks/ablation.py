@@ -24,6 +24,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgecnn.capture import capture
+from edgecnn.cells import markdown_table
 from edgecnn.cli import SMOKE_EPOCHS, Parser, add_force_argument, data_source, seed
 from edgecnn.data import load_training
 from edgecnn.dataset import CIFAR10
@@ -34,7 +35,6 @@ from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.networks import EdgeCNN
 from edgecnn.pruning import hold_zeros, layer_sparsity_percent, prune_globally
 from edgecnn.step import Step, variant_step
-from edgecnn.tables import markdown_table
 from edgecnn.torch_files import read_torch, torch_bytes
 from edgecnn.train import (
     WEIGHT_DECAY,

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from edgecnn.cells import markdown_table
 from edgecnn.cli import Parser, add_force_argument, run_folder
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import json_bytes, read_record, read_rows
 from edgecnn.names import results_dir
 from edgecnn.step import results_step, source_digests
-from edgecnn.tables import markdown_table
 
 OUTPUTS = ("criteria.json", "criteria.md", "criteria.png")
 # The yardsticks: plain global L1 at these percents of zeros; the first is the one of the picture.

@@ -37,12 +37,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
+from edgecnn.cells import markdown_table
 from edgecnn.checkpoint import COMMIT
 from edgecnn.cli import Parser, run_folder, run_name
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.files import json_bytes, require_writable, write_files
 from edgecnn.names import results_dir
-from edgecnn.tables import markdown_table
 from edgecnn.train import environment
 from mac_hooks import count_macs
 

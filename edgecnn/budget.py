@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
+from edgecnn.cells import KIB
 from edgecnn.errors import UserError
 from edgecnn.files import MADE_BY, lowest_seed_rows
 from edgecnn.records import in_range
-
-KIB = 1024  # bytes: what the datasheets of microcontrollers mean by a KB or Kbyte
 
 
 class Limit(NamedTuple):

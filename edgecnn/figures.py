@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from edgecnn.cells import KIB
 from edgecnn.compare import crossing
 from edgecnn.errors import UserError
 from edgecnn.files import MADE_BY, read_table
 from edgecnn.records import MOST
 from edgecnn.text import picture_text
 
-KIB = 1024
 GREY = "#808080"
 LABEL_FONT = 9.5
 # Panels of layers: the axis label, what an axis unit is, and the stacked keys with name and colour.

@@ -6,11 +6,11 @@ Accuracies compare on the same images alone.
 
 from pathlib import Path
 
+from edgecnn.cells import ENERGY, KIB, energy, key, markdown_table
 from edgecnn.compare import dominates
 from edgecnn.errors import UserError
 from edgecnn.files import lowest_seed_rows, read_rows, run_of
 from edgecnn.names import results_dir
-from edgecnn.tables import ENERGY, KIB, energy, key, markdown_table
 
 COSTS = ("m4_flash_bytes", "m4_ram_bytes", "macs_nonzero", ENERGY.format(""))
 

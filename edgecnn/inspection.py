@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from edgecnn.cells import markdown_table
 from edgecnn.checkpoint import dataset_of, float_module, graph_of, load_checkpoint
 from edgecnn.describe import describe
 from edgecnn.energy import modelled_energy
@@ -10,7 +11,6 @@ from edgecnn.module import module_of
 from edgecnn.packing import storage_bytes
 from edgecnn.quantized import int8_module
 from edgecnn.rewrite import deployed
-from edgecnn.tables import markdown_table
 
 
 def counted(checkpoint: dict):

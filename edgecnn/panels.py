@@ -1,6 +1,7 @@
 """What the Pareto picture's panels show: their axes, and the figures of others beside them. No torch."""
 
-from edgecnn.budget import KIB, LIMITS, figure_for
+from edgecnn.budget import LIMITS, figure_for
+from edgecnn.cells import KIB
 from edgecnn.errors import UserError
 from edgecnn.files import run_of
 from edgecnn.names import TEST_SET

@@ -3,25 +3,33 @@
 Modelled figures keep the two digits that their bands leave; memories are in KiB of 1,024 bytes.
 """
 
-import math
 import statistics
 
-from edgecnn.compare import CHANGE_KEYS, crossing, group
+from edgecnn.cells import (
+    ENERGY,
+    KIB,
+    NOT_MEASURED,
+    band,
+    change,
+    columns,
+    energy,
+    interval,
+    key,
+    markdown_table,
+    per_seed,
+    scaled,
+)
+from edgecnn.compare import crossing, group
 from edgecnn.files import lowest_seed_rows
 from edgecnn.hardware import PICOJOULES_A_CYCLE, stm32l4r5_energy_uj
 from edgecnn.names import TEST_SET, is_always_shown, is_pruned
 from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8
-from edgecnn.text import markdown_cell
 
-KIB = 1024  # bytes
 BAND_NOTE = (
     "Low, modelled and high energy of a clock cycle: {_low}, {middle} and {_high} pJ.".format(
         middle=PICOJOULES_A_CYCLE[""], **PICOJOULES_A_CYCLE
     )
 )
-SIGNIFICANCE = 0.05  # of one comparison; the many are not corrected for
-NOT_MEASURED = "not measured"
-ENERGY = "stm32l4r5_energy_modelled{}_uj"
 # Against ResNet-8, each axis once: its name, the key, a unit, decimals, whether more is better.
 AXES = (
     ("Accuracy %, measured (ResNet-8: as published)", "accuracy_percent", 1, 2, True),
@@ -48,86 +56,6 @@ ORIGINAL_AXES = (
 )
 
 
-# ---- cells -------------------------------------------------------------------------------------
-
-
-def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, aligned so that it reads in a terminal too; the first column is text.
-
-    Names come from files: what Markdown or HTML would take for markup is shown as it is.
-    """
-    header, *lines = ([markdown_cell(cell) for cell in line] for line in (header, *lines))
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-
-    def render(cells):
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(f"{'-' * (w + 1)}{'-' if i == 0 else ':'}" for i, w in enumerate(widths))
-    return "\n".join([render(header), f"|{rule}|", *map(render, lines)])
-
-
-def significant(value: float, digits: int = 2) -> str:
-    """A number rounded to some significant digits: 1,987 -> 2,000, 3.51 -> 3.5."""
-    if not value:
-        return "0"
-    value = float(f"{value:.{digits - 1}e}")
-    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def scaled(row: dict, key: str, unit: float = 1, decimals: int | None = 0) -> str:
-    """A figure in a unit, of two digits without `decimals`; "not measured" where the row lacks it."""
-    value = row.get(key)
-    if value is None:
-        return NOT_MEASURED
-    return significant(value / unit) if decimals is None else f"{value / unit:,.{decimals}f}"
-
-
-def band(row: dict, key: str, unit: float = 1) -> str:
-    """A modelled figure with the ends of its band: `2,000 (1,800-5,200)`."""
-    middle, low, high = (scaled(row, key.format(end), unit, None) for end in ("", "_low", "_high"))
-    return NOT_MEASURED if NOT_MEASURED in (middle, low, high) else f"{middle} ({low}-{high})"
-
-
-def energy(row: dict) -> str:
-    """The modelled energy on the STM32L4R5, whose flash must hold the program."""
-    text = band(row, ENERGY)
-    return "does not fit" if text == NOT_MEASURED and "m4_flash_bytes" in row else text
-
-
-def interval(row: dict) -> str:
-    """The ends of the accuracy's 95 % interval."""
-    return f"{row['accuracy_ci95_low_percent']:.1f}-{row['accuracy_ci95_high_percent']:.1f}"
-
-
-def change(row: dict, name: str) -> str:
-    """A change of accuracy, marked n.s. where McNemar's test does not tell it from none; or a dash."""
-    points, p = row.get(CHANGE_KEYS[name]), row.get(f"mcnemar_p_vs_{name}")
-    if points is None:
-        return "-"
-    return f"{points:+.2f}" + (" n.s." if p is not None and p >= SIGNIFICANCE else "")
-
-
-def per_seed(runs: list[dict], name: str) -> str:
-    """The change of every run, or a dash where one lacks it."""
-    changes = [change(run, name) for run in runs]
-    return "-" if "-" in changes else ", ".join(changes)
-
-
-def columns(rows: list[dict], parts: dict) -> str:
-    """A table of rows, a column for each header and what it makes of a row; empty without rows."""
-    lines = [[row["variant"], *(text(row) for text in parts.values())] for row in rows]
-    return markdown_table(["Variant", *parts], lines) if rows else ""
-
-
-def key(name: str, unit: float = 1, decimals: int | None = 0):
-    """The column of a key."""
-    return lambda row: scaled(row, name, unit, decimals)
-
-
 # ---- one table a question ----------------------------------------------------------------------
 
 
@@ -143,13 +71,18 @@ def with_figures(rows: list[dict], *beginnings: str) -> list[dict]:
 
 
 def deployed(rows: list[dict]) -> list[dict]:
-    """The lowest seed's linked INT8 programs: the whole baseline, and the pruned front."""
+    """The lowest seed's linked INT8 programs: the dense one, and the pruned front.
+
+    The dense one is the baseline; in a run whose baseline is another run's, the control.
+    """
     linked = [r for r in lowest_seed_rows(rows) if r.get("m4_flash_bytes") is not None]
+    linked = [row for row in linked if row["precision"] == "int8"]
+    methods = {row["method"] for row in linked}
+    dense = "baseline" if "baseline" in methods else "control"
     return [
         row
         for row in linked
-        if row["precision"] == "int8"
-        and (row["method"] == "baseline" or (is_pruned(row["method"]) and not row["dominated_by"]))
+        if row["method"] == dense or (is_pruned(row["method"]) and not row["dominated_by"])
     ]
 
 
@@ -270,8 +203,8 @@ def resnet8_table(rows: list[dict]) -> str:
     Empty where the accuracy is not that of the test set, or nothing is linked.
     """
     rows = [row for row in deployed(rows) if row.get("test_set") == TEST_SET]
-    dense = [row for row in rows if row["method"] == "baseline"]
-    pruned = [row for row in rows if row["method"] != "baseline"]
+    dense = [row for row in rows if not is_pruned(row["method"])]
+    pruned = [row for row in rows if is_pruned(row["method"])]
     ours = [*dense, *sorted(pruned, key=lambda row: -row["macs_nonzero"])[-2:]]
     better = [better_axes(row) for row in ours]
     lines = []

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
+from edgecnn.cells import markdown_table
 from edgecnn.deploy import ethos_u
 from edgecnn.deploy.c_source import host_compiler
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_json, write_json
-from edgecnn.tables import markdown_table
 from edgecnn.text import is_name, markdown_cell, one_line, picture_text
 from simulate_hardware import exported
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import REPOSITORY, hits_of, row
 
+from edgecnn.cells import ENERGY, change, markdown_table, per_seed, significant
 from edgecnn.compare import compare
 from edgecnn.errors import UserError
 from edgecnn.front import front_table
@@ -14,19 +15,14 @@ from edgecnn.names import TEST_SET
 from edgecnn.peers import ORIGINAL, RESNET8
 from edgecnn.tables import (
     AXES,
-    ENERGY,
     TITLES,
     better_axes,
     blocks,
-    change,
     lead_table,
-    markdown_table,
     original_table,
     page,
-    per_seed,
     resnet8_table,
     shown,
-    significant,
 )
 
 
@@ -153,6 +149,13 @@ def test_the_peers_table_has_each_axis_once_and_marks_what_is_better():
     assert by_name["Cortex-M4 instructions, M, counted"][0] == "29.87"
     assert by_name["STM32L4R5 energy, µJ, measured"] == ["5,496", *["not measured"] * 3]
     assert resnet8_table([r | {"test_set": "validation split"} for r in rows]) == ""
+
+
+def test_the_dense_network_of_a_run_without_a_baseline_is_its_control():
+    rows = [linked(f"{name}_int8", method=name) for name in ("control", "pruned_93_energy")]
+    assert cells(resnet8_table(rows))[0][2:] == ["control_int8", "pruned_93_energy_int8"]
+    rows.append(linked("baseline_int8", method="baseline"))
+    assert cells(resnet8_table(rows))[0][2:] == ["baseline_int8", "pruned_93_energy_int8"]
 
 
 def test_the_original_table_stands_beside_ours_axis_by_axis():
