@@ -4,6 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/.installed$(if $(CPU),-cpu)
 IN = $(if $(RUN),--run $(RUN))
+LONG = $(IN) --headline$(if $(SEED), --seed $(SEED))
 define newline
 
 
@@ -21,7 +22,7 @@ all: $(INSTALLED) ## train, prune, quantize, table and picture of one seed (15 m
 	$(TABLE)
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo "CPU=1 takes CPU-only builds of torch; RUN=name works in checkpoints/name/, results/name/"
+	@echo "CPU=1: CPU-only torch; RUN=name: checkpoints/name/, results/name/; SEED=1: of make headline"
 sweep: all ## then gradual pruning to 50, 70, 80, 90 and 95 % zeros
 	$(PY) prune_finetune.py $(IN) $(SWEEP)
 	$(PY) quantize.py $(IN)
@@ -35,10 +36,10 @@ hardware: all ## then .tflite and C of every variant, and what they cost on thre
 headline: RUN = headline
 reference: RUN = reference
 headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and hardware (hours)
-	$(PY) train_baseline.py $(IN) --headline
-	$(PY) prune_finetune.py $(IN) --headline
-	$(PY) prune_finetune.py $(IN) --headline --sparsity 0
-	$(PY) prune_finetune.py $(IN) --headline --sparsity 0.8 0.9 0.93 0.95 --criterion energy --epochs 22
+	$(PY) train_baseline.py $(LONG)
+	$(PY) prune_finetune.py $(LONG)
+	$(PY) prune_finetune.py $(LONG) --sparsity 0
+	$(PY) prune_finetune.py $(LONG) --sparsity 0.8 0.9 0.93 0.95 --criterion energy --epochs 22
 	$(PY) quantize.py $(IN)
 	$(DEVICES)
 	$(SHOW)
