@@ -218,13 +218,14 @@ def flip_step(source: str, output: str, shape: tuple[int, ...], over=()) -> Step
 
 def takes_image(nodes: list[IntegerNode], fused: dict[str, IntegerNode]) -> bool:
     """Whether all that reads the image can read it signed, as it comes: convolutions can."""
-    readers = [n for n in nodes if INPUT in n.node.inputs and n.node.name not in residuals(fused)]
+    readers = [n for n in nodes if INPUT in n.node.inputs and n.node.name not in taken_along(fused)]
     return all(n.node.op == "conv" for n in readers) and not any(
         INPUT in f.node.inputs for f in fused.values()
     )
 
 
-def residuals(fused: dict[str, IntegerNode]) -> set[str]:
+def taken_along(fused: dict[str, IntegerNode]) -> set[str]:
+    """The names of the pools and additions that the convolution before them computes."""
     return {f.node.name for f in fused.values()}
 
 
@@ -271,7 +272,7 @@ def choices_of(network: Network) -> dict[str, list[Stored]]:
 def steps_of(network: Network, stored: dict[str, Stored]) -> list[Step]:
     """The steps of a network whose layers are stored so; values bear the names of their nodes."""
     shapes, fused, flip = shapes_of(network.graph), network.fused, network.flip
-    behind = {f.node.name for f in fused.values()}
+    behind = taken_along(fused)
     steps, alias = [], {}
     if not flip:
         steps.append(flip_step(INPUT, INPUT + FLIPPED, shapes[INPUT]))
@@ -295,15 +296,21 @@ def steps_of(network: Network, stored: dict[str, Stored]) -> list[Step]:
             made = clamp_step(n, source)
         else:
             made = pool_step(n, shapes[source])
-        made = renamed(made, alias)
-        limited = n if clamps(n) else last
-        if clamps(limited) and op not in ("relu", "relu6"):
-            raw = made.output + UNCLAMPED
-            steps.append(replace(made, output=raw))
-            made = clamp_step(limited._replace(shape=last.shape), raw)
-            made = replace(made, node=name, output=last.node.name)
-        steps.append(made)
+        steps += with_limits(renamed(made, alias), n, last)
     return steps
+
+
+def with_limits(made: Step, n: IntegerNode, last: IntegerNode) -> list[Step]:
+    """The step of a node, and a clamp behind it where its activation's range is not all of 0..255.
+
+    last: the pool or addition that the step takes along, else the node itself.
+    """
+    limited = n if clamps(n) else last
+    if not clamps(limited) or n.node.op in ("relu", "relu6"):
+        return [made]
+    raw = made.output + UNCLAMPED
+    clamp = clamp_step(limited._replace(shape=last.shape), raw)
+    return [replace(made, output=raw), replace(clamp, node=n.node.name, output=last.node.name)]
 
 
 def renamed(step: Step, alias: dict[str, str]) -> Step:
