@@ -195,7 +195,7 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "headline", "channels", "edgeresnet", "wide", "resnet8")
+    run_main("plot_pareto", "--run", "headline", "channels", "taught", "wide", "resnet8")
     wide = ("--network", "edgeresnet_wide", "--run", "wide", "--headline", "--epochs", 40)
     run_main("train_baseline", *wide)
     recipe = (
@@ -209,7 +209,10 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
     )
     run_main("train_baseline", "--network", "edgeresnet", *recipe)
     teacher = "checkpoints/headline/baseline_fp32.pt"
-    run_main("prune_finetune", *recipe, "--sparsity", 0, "--epochs", 20, "--teacher", teacher)
+    run_main("prune_finetune", *recipe, "--sparsity", 0, "--epochs", 36, "--teacher", teacher)
+    wide = ("--teacher", "checkpoints/wide/baseline_fp32.pt", "--epochs", 18, "--sparsity", 0)
+    start = ("--checkpoint", "checkpoints/edgeresnet/control_fp32.pt")
+    run_main("prune_finetune", "--run", "taught", *recipe[2:], *wide, *start)
     taught = ("--run", "headline", "--headline")
     run_main("train_baseline", *taught)
     run_main("prune_finetune", *taught)
