@@ -33,7 +33,7 @@ hardware: all ## then .tflite and C of every variant, and what they cost on thre
 	$(PY) simulate_hardware.py $(IN) --break-even
 	$(PY) plot_pareto.py $(IN) --break-even
 	$(TABLE)
-headline: RUN = headline
+headline: RUN = headline$(SEED:%=_seed%)
 reference: RUN = reference
 headline: $(INSTALLED) ## one seed of the longer recipe up to 95 % zeros, and hardware (hours)
 	$(PY) train_baseline.py $(LONG)

@@ -31,12 +31,12 @@ from edgecnn.cli import (
     run_name,
 )
 from edgecnn.data import load_judging, normalize
-from edgecnn.deploy.c_source import C_NAMES, agreement, c_files, host_parity
+from edgecnn.deploy.c_source import C_NAMES, agreement, c_files, host_compiler, host_parity
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.parity import operator_differences
 from edgecnn.deploy.tflite import operators, run_tflite, tflite_micro_installed, write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.names import results_dir
+from edgecnn.names import EDGE, results_dir
 from edgecnn.quantized import int8_module, integer_logits, quantize_images
 from edgecnn.split import Split
 from edgecnn.step import Step, source_digests
@@ -212,7 +212,7 @@ def export(step: Step, checkpoint: dict, data: Split, test_set: str, args) -> No
 def main():
     args = parse_arguments()
     run = run_name(args)
-    folder = results_dir(run) / "edge"
+    folder = results_dir(run) / EDGE
     if not tflite_micro_installed():
         print("not measured: tflite-micro is missing; pip install -r firmware/requirements.txt")
         return
@@ -221,6 +221,8 @@ def main():
     todo = [path for path, step in steps.items() if not step.kept()]
     judging = functools.cache(load_judging)
     failed = []
+    if todo:
+        host_compiler()  # its absence would show after minutes, of each variant
     for path in todo:
         data, test_set = judging(dataset_of(checkpoints[path]), args.data_dir)
         try:

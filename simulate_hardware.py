@@ -33,7 +33,7 @@ from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, v
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import json_bytes, read_record, sha256
-from edgecnn.names import results_dir
+from edgecnn.names import EDGE, results_dir
 from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
 
@@ -176,9 +176,7 @@ def hardware_step(args, folder: Path, paths: list[Path]) -> Step:
     name = "break_even" if args.break_even else "hardware"
     arguments = {key: getattr(args, key) for key in ("accelerator", "images", "smoke")}
     code = source_digests("simulate_hardware.py", "firmware/*.[chl]*") | tools()
-    edge = [
-        folder / "edge" / f"{path.stem}{kind}" for path in paths for kind in (".tflite", ".json")
-    ]
+    edge = [folder / EDGE / f"{path.stem}{kind}" for path in paths for kind in (".tflite", ".json")]
     parents = paths[:1] if args.break_even else [*paths, *(path for path in edge if path.exists())]
     return results_step(folder, name, code, arguments, parents, (f"{name}.json",), args.force)
 
@@ -199,9 +197,7 @@ def main():
     if args.break_even:
         rows = break_even(checkpoints[paths[0]], images, args.accelerator)
     for path in [] if args.break_even else paths:
-        rows.append(
-            hardware_row(path, checkpoints[path], images, folder / "edge", args.accelerator)
-        )
+        rows.append(hardware_row(path, checkpoints[path], images, folder / EDGE, args.accelerator))
         if "m4_instructions" in rows[-1]:
             print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
     step.commit({step.outputs[0]: json_bytes(rows)})

@@ -1,12 +1,13 @@
 """Command-line pieces that several scripts share. Imports no torch."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
 
 from edgecnn.errors import UserError
-from edgecnn.names import AUGMENTATIONS, checkpoints_dir
+from edgecnn.names import AUGMENTATIONS, EDGE, FRONT, STEPS, checkpoints_dir
 from edgecnn.text import UNSHOWABLE
 
 SMOKE_EPOCHS = 2
@@ -42,7 +43,7 @@ def positive_int(text: str) -> int:
     return value
 
 
-TAKEN = ("edge", "steps", "front")  # below results/, where the default run and joint tables lie
+TAKEN = (EDGE, STEPS, FRONT)  # below results/, where the default run and joint tables lie
 
 
 def run_folder(text: str) -> str:
@@ -126,7 +127,6 @@ def add_data_arguments(parser: Parser) -> None:
     """What a network is trained on and how it is varied: --data, --input-size, --augment."""
     parser.add_argument(
         "--data",
-        type=lambda text: text.rstrip("/") or text,  # a folder by one name
         default="cifar10",
         metavar="SOURCE",
         help="cifar10, a folder of pictures (train/<class>/* and test/<class>/*, or <class>/* alone), "
@@ -253,7 +253,7 @@ def run_name(args: argparse.Namespace) -> str:
         raise UserError(f"--run {args.run} and --smoke ask for different folders; give one")
     checkpoint = getattr(args, "checkpoint", None)
     if checkpoint and not (args.run or implied):
-        folder = checkpoint.parent.resolve()
-        if folder.parent == checkpoints_dir().resolve():
+        folder = Path(os.path.abspath(checkpoint.parent))  # a link to it keeps its own name
+        if folder.parent == Path(os.path.abspath(checkpoints_dir())):
             return folder.name
     return args.run or implied

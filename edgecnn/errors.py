@@ -55,12 +55,10 @@ def user_errors_exit_2(main):
                 discard(1)
             where = error.filename or "the output"
             stop(f"error: cannot use {where}: {error.strerror or error}")
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch has an error of its own for each device
+        # torch has an error of its own for each device.
+        except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
-            stop("error: this machine has not enough memory for that; try a smaller --batch-size")
+            stop("error: not enough memory; a training needs less with a smaller --batch-size")
 
     return wrapped

@@ -10,14 +10,14 @@ from edgecnn.cells import ENERGY, KIB, energy, key, markdown_table
 from edgecnn.compare import dominates
 from edgecnn.errors import UserError
 from edgecnn.files import lowest_seed_rows, read_rows, run_of
-from edgecnn.names import results_dir
+from edgecnn.names import FRONT, results_dir
 
 COSTS = ("m4_flash_bytes", "m4_ram_bytes", "macs_nonzero", ENERGY.format(""))
 
 
 def front_path(runs: list[str], end: str) -> Path:
     """Where what is made of several runs lies: results/front/<run>_<run>.<end>."""
-    return results_dir("front") / f"{'_'.join(results_dir(run).name for run in runs)}.{end}"
+    return results_dir(FRONT) / f"{'_'.join(results_dir(run).name for run in runs)}.{end}"
 
 
 def read_runs(runs: list[str], needed: dict, optional: dict | None = None) -> list[dict]:

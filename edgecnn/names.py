@@ -17,9 +17,10 @@ NAME_PATTERN = re.compile(
     r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
 )
 ALWAYS_SHOWN = ("baseline", "control", "pruned_50")  # the methods of every table and picture
+EDGE, STEPS, FRONT = "edge", "steps", "front"  # folders below results/ that are no runs
 # Runs whose figures are in git, and of their files only some: the rest is not missed.
 COMMITTED_RUNS = ("reference", "headline", "channels", "edgeresnet", "taught")
-COMMITTED_RUNS += ("wide", "resnet8", "mnist", "ablation", "front")
+COMMITTED_RUNS += ("wide", "resnet8", "mnist", "ablation", FRONT)
 RENAMED_CRITERIA = {"l1-normalized": "layer-rank"}  # as files made before call it
 
 

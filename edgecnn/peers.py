@@ -9,7 +9,8 @@ They are of the CIFAR-10 test set (names.TEST_SET); no other images' figures sta
 # same in millions x 8 / 8.
 # NPU: the same file through the same Vela (5.2.0, default configuration of the Ethos-U55-128).
 # Cortex-M4: the same file's 15 operators in CMSIS-NN (commit 99f736a6, DSP path), counted as ours are:
-# gcc 12.2 -O3, QEMU mps2-an386, outputs equal to tflite-micro's on 20 images; cycles by the same model.
+# gcc 12.2 -O3 (ours also -fno-schedule-insns), QEMU mps2-an386, outputs equal to tflite-micro's on
+# 20 images; cycles by the same model.
 # Energy: measured on an STM32L4R5, X-CUBE-AI 10.2 with external SMPS, results of round v1.3.
 RESNET8 = {
     "name": "MLPerf Tiny ResNet-8 INT8",

@@ -22,13 +22,14 @@ from edgecnn.files import json_bytes, require_writable, sha256, write_files
 from edgecnn.names import (
     COMMITTED_RUNS,
     REPOSITORY,
+    STEPS,
     checkpoints_dir,
     criterion_name,
     results_dir,
 )
 
 # Modules that check, name and store; what they do decides no figure.
-PLUMBING = ("checkpoint", "cli", "describe", "errors", "files", "names", "step", "text")
+PLUMBING = ("checkpoint", "cli", "describe", "errors", "files", "names", "step")
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -141,7 +142,9 @@ class Step:
         theirs = self.defaults | record | given  # of old records some stand beside the arguments
         theirs = {key: criterion_name(value) for key, value in theirs.items()}
         ours = json.loads(json.dumps(self.arguments, default=str))  # as the record has them
-        differ = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+        differ = [
+            k for k in ours if k in theirs and one_spelling(theirs[k]) != one_spelling(ours[k])
+        ]
         if differ:
             made = ", ".join(f"{key} {theirs[key]}" for key in differ)
             raise UserError(
@@ -234,6 +237,11 @@ class Step:
         write_files(contents)
 
 
+def one_spelling(value):
+    """An argument's value as it compares: a folder is the same with a slash behind it."""
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
 def variant_step(
     run: str, name: str, script: str, arguments, parents=(), force=False, defaults=None
 ) -> Step:
@@ -254,5 +262,5 @@ def results_step(
     """A step that writes `outputs` into results/ or a run's folder in it, and a record beside."""
     run = folder.name if folder.parent == results_dir() else ""
     files = tuple(folder / output for output in outputs)
-    record = folder / "steps" / f"{name}.json"
+    record = folder / STEPS / f"{name}.json"
     return Step(run, record, arguments, tuple(parents), files, code, force)

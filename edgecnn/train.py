@@ -17,7 +17,7 @@ from edgecnn.data import augmented_batches, crop_padding, normalize, pad_reflect
 from edgecnn.dataset import DataSet
 from edgecnn.distributed import PROCESSES, RANK, replicated, send, share_of, total
 from edgecnn.errors import UserError
-from edgecnn.graph import batch_size
+from edgecnn.graph import Graph, batch_size, shapes_of
 from edgecnn.split import Split
 from edgecnn.torch_files import read_torch, write_torch
 
@@ -200,6 +200,13 @@ def follow(model, optimizer_state, done, recipe, *parts) -> None:
         train_epoch(replica, optimizer, recipe, epoch, *parts)
 
 
+def normalizes_vectors(graph: Graph) -> bool:
+    """Whether a batch norm has one value a channel and image, and so no variance in a batch of one."""
+    shapes = shapes_of(graph)
+    norms = [node for node in graph.nodes if node.op == "batch_norm"]
+    return any(math.prod(shapes[node.inputs[0]][1:]) == 1 for node in norms)
+
+
 def fit(
     model: nn.Module,
     train: Split,
@@ -221,11 +228,11 @@ def fit(
     to be what pickle takes. `teacher`, in evaluation mode, is what
     recipe.distillation needs; recipe.start tells which. `epochs_after` is how many the step will
     train after this call, for the printed estimate of the time left.
-    Raises UserError on a non-finite loss, on batches of one image, and on a resume file of other
-    arguments or another machine.
+    Raises UserError on a non-finite loss, on batches of one that batch norm cannot take, and on a
+    resume file of other arguments or another machine.
     """
-    if min(recipe.batch_size, len(train[1])) < 2:
-        raise UserError("batch norm has nothing to compare in a batch of one; give --batch-size 2")
+    if min(recipe.batch_size, len(train[1])) == 1 and normalizes_vectors(model._graph):
+        raise UserError("batch norm needs two images or more in a batch where maps are 1x1 or flat")
     keep_freed_memory()
     model.to(device, memory_format=torch.channels_last)
     if teacher is not None:

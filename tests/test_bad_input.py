@@ -138,7 +138,11 @@ def test_an_int8_file_where_fp32_is_needed_names_its_parent(copy, capsys, script
         ("train_baseline", ("--epochs", "0"), "at least 1"),
         ("train_baseline", ("--epochs", "-3"), "at least 1"),
         ("train_baseline", ("--batch-size", "0"), "at least 1"),
-        ("train_baseline", ("--batch-size", "1", "--smoke"), "--batch-size 2"),
+        (
+            "train_baseline",
+            "--batch-size 1 --smoke --network mobilenet_v1_025 --input-size 3 32 32".split(),
+            "two images or more",
+        ),
         ("train_baseline", ("--run", "edge"), "another purpose"),
         ("train_baseline", ("--batch-size", "-256"), "at least 1"),
         ("train_baseline", ("--learning-rate", "nan"), "above 0"),
@@ -378,6 +382,8 @@ def test_a_damaged_table_of_figures_can_be_made_again(copy, capsys):
 def test_a_checkpoint_s_run_is_the_same_by_whatever_path(copy, capsys):
     (copy / "checkpoints/smoke").rename(copy / "checkpoints/mine")
     again = ("--calibration-images", 64, "--force")
+    (copy / "checkpoints/mine").rename(copy / "elsewhere")
+    (copy / "checkpoints/mine").symlink_to(copy / "elsewhere")
     for folder in ("checkpoints/mine", copy / "checkpoints/mine", "results/../checkpoints/mine"):
         run_main("quantize", "--checkpoint", Path(folder) / "baseline_fp32.pt", *again)
         assert "checkpoints/mine/baseline_int8.pt" in capsys.readouterr().out

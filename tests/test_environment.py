@@ -39,7 +39,8 @@ def test_too_little_memory_ends_in_one_line(error, capsys):
 
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and "--batch-size" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--batch-size" in said and said.count("\n") == 1
 
 
 def test_another_runtime_error_is_a_programming_error():

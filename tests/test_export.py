@@ -19,6 +19,7 @@ from edgecnn.deploy import tflite
 from edgecnn.deploy.c_source import C_NAMES
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.errors import UserError
+from edgecnn.packing import pack
 from edgecnn.quantized import quantize_images
 
 FOLDER, EDGE = "checkpoints/smoke", "results/smoke/edge"
@@ -111,6 +112,20 @@ def test_c_that_disagrees_is_not_published(copy, capsys, monkeypatch):
 def test_checkpoints_that_cannot_be_exported(copy, capsys, spoil, message):
     spoil(copy / FOLDER / "baseline_int8.pt")
     assert message in fails(capsys, copy, "export_edge", *ARGUMENTS)
+
+
+def test_an_emptied_variant_does_not_stop_those_behind_it(copy, capsys):
+    path = copy / FOLDER / "baseline_int8.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["tensors"]["fc2.weight"] = pack(torch.zeros(10, 256, dtype=torch.int8))
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit) as stop:
+        run_main("export_edge", "--smoke", "--images", 50)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "answers every image alike" in error
+    assert not (copy / EDGE / "baseline_int8.tflite").exists()
+    assert (copy / EDGE / "pruned_50_int8.tflite").exists()
 
 
 def test_a_run_without_int8_checkpoints(copy, capsys):

@@ -110,6 +110,14 @@ def test_the_makefile_is_short_and_help_names_every_target(clone):
     assert [target for target in targets if f"make {target} " not in said] == []
 
 
+def test_the_longer_recipe_of_another_seed_has_a_run_of_its_own(clone):
+    for given, run in ((("SEED=1",), "headline_seed1"), (("SEED=1", "RUN=mine"), "mine")):
+        lines = commands(clone, "headline", *given)
+        assert all(f"--run {run}" in line for line in lines)
+        seeded = [line.split()[0] for line in lines if "--seed 1" in line]
+        assert seeded == ["train_baseline.py", *["prune_finetune.py"] * 3]
+
+
 def test_a_finished_chain_is_kept(copy, capsys):
     before = snapshot(copy)
     for script in ("train_baseline", "quantize", "prune_finetune", "evaluate", "plot_pareto"):

@@ -65,6 +65,12 @@ def test_a_variant_is_no_parent_of_itself_however_it_is_called(workdir, way):
         variant_step("mine", "a", "quantize.py", {}, [way("checkpoints/mine/a.pt")])
 
 
+def test_a_folder_is_the_same_with_a_slash_behind_it(make):
+    assert make(data="pictures/") and not make(data="pictures") and not make(data="pictures/")
+    with pytest.raises(UserError, match="was made with data pictures/"):
+        make(data="others")
+
+
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_a_lost_or_spoiled_file_is_made_again(make, workdir, name, capsys):
     assert make()
