@@ -4,7 +4,6 @@ import math
 import re
 import statistics
 
-from edgecnn.errors import UserError
 from edgecnn.names import DEFAULT_CRITERIA, is_pruned, variant_name
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -106,12 +105,9 @@ def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
 def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
     """Rows with what needs the others: changes, dominance, statistics over seeds.
 
-    hits: variant -> which images are right, in one order. Raises UserError when two rows have one
-    name.
+    hits: variant -> which images are right, in one order. No two rows have one name.
     """
     by_name = {row["variant"]: row for row in rows}
-    if len(by_name) < len(rows):
-        raise UserError("two files of one name stand for the same variant; give one of them")
     compared = []
     for row in rows:
         parent = by_name.get(row["parent"])

@@ -212,8 +212,8 @@ def clamp_step(n: IntegerNode, source: str) -> Step:
     return Step(name, "clamp", (source,), name, members, over=(source,))
 
 
-def flip_step(source: str, output: str, shape: tuple[int, ...], over=()) -> Step:
-    return Step(source, "flip_signs", (source,), output, {"count": math.prod(shape)}, over=over)
+def flip_step(source: str, output: str, shape: tuple[int, ...]) -> Step:
+    return Step(source, "flip_signs", (source,), output, {"count": math.prod(shape)})
 
 
 def takes_image(nodes: list[IntegerNode], fused: dict[str, IntegerNode]) -> bool:
