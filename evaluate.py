@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
-from edgecnn.docs import TABLES, render, table_files
+from edgecnn.docs import TABLES, joined_files, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import MADE_BY, json_bytes, read_rows
 from edgecnn.front import read_runs
@@ -258,10 +258,19 @@ def measure(paths: list[Path], args) -> list[dict]:
 
 def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
     """The step that writes metrics.json, the tables and layers.json of these checkpoints."""
+    from edgecnn.checkpoint import dataset_of, load_checkpoint
+    from edgecnn.data import picture_digests
+
     arguments = {"holdout": args.holdout, "smoke": args.smoke}
-    parents = [*paths, *folder.glob("hardware.json")]
+    parents = [*paths, *joined_files(folder)]
+    source, split = (
+        dataset_of(load_checkpoint(paths[0])).source,
+        "train" if args.holdout else "test",
+    )
     outputs, code = (*TABLES, "layers.json"), source_digests("evaluate.py")
-    return results_step(folder, "evaluate", code, arguments, parents, outputs, args.force)
+    step = results_step(folder, "evaluate", code, arguments, parents, outputs, args.force)
+    step.pictures = picture_digests(source, split)
+    return step
 
 
 @user_errors_exit_2

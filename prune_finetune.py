@@ -170,7 +170,7 @@ def prune_level(args, step: Step, parent: dict, data, device, teacher, epochs_af
         graph, tensors = prune_channels(parent, most, args.criterion, args.multiple)
         model = module_of(graph, tensors)
     else:
-        masks = prune_globally(model, graph.input_shape, args.sparsity, args.criterion)
+        masks = prune_globally(model, args.sparsity, args.criterion)
         warn_of_empty_layers(model)
     masks = {layer: mask.to(device) for layer, mask in masks.items()}
     lineage = parent_fields(step.parents[0])

@@ -30,7 +30,7 @@ from edgecnn.cli import (
     run_name,
 )
 from edgecnn.data import describe as describe_data
-from edgecnn.data import kind_of, load_training
+from edgecnn.data import kind_of, load_training, picture_digests
 from edgecnn.describe import describe
 from edgecnn.distributed import process_0_leads
 from edgecnn.errors import user_errors_exit_2
@@ -109,7 +109,9 @@ def baseline_step(args, run: str) -> Step:
     arguments = {key: getattr(args, key) for key in (*DECISIVE, *NETWORK)}
     parents = [path for path in (network_file(args.network), args.weights, args.teacher) if path]
     before = LATER | dict.fromkeys(NETWORK) | {"network": "edgecnn", "data": "cifar10"}
-    return variant_step(run, name, "train_baseline.py", arguments, parents, args.force, before)
+    step = variant_step(run, name, "train_baseline.py", arguments, parents, args.force, before)
+    step.pictures = picture_digests(data_source(args), "train")
+    return step
 
 
 def note_few_steps(args, images: int) -> None:

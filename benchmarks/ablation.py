@@ -121,7 +121,7 @@ def load_trial(name: str, seed: int, run: str) -> torch.nn.Module:
 def train_trial(model, teacher, trial: Trial, seed: int, data, device) -> tuple[list[dict], dict]:
     """Train `model` in place; its history, and the validation accuracy of its averages by decay."""
     dataset, train, validation = data
-    masks = prune_globally(model, dataset.shape, trial.sparsity, trial.criterion)
+    masks = prune_globally(model, trial.sparsity, trial.criterion)
     averages = {decay: moving_average(model, decay) for decay in DECAYS}
 
     def after_step():

@@ -8,6 +8,7 @@ classes   K names as text; else "0", "1", ... are the names
 Nothing in the file is executed (allow_pickle=False), and training reads no x_test.
 """
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,21 @@ def read_x(archive, path: Path, split: str) -> torch.Tensor:
         )
     count, height, width = shape[:3]
     channels = shape[3] if len(shape) == 4 else 1
-    require_memory(count * dtype.itemsize, (channels, height, width), str(path))
+    require_memory(count, (channels, height, width), str(path), dtype.itemsize)
     values = archive[name].reshape(count, height, width, channels)
     if dtype.kind == "f":
         values = rounded(values, unit(archive, path, split, values), f"{path}: {name}")
     return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+
+
+def checksums(path: Path, split: str) -> str:
+    """The zip's CRC-32 of x_<split> and y_<split>, as text; empty where they cannot be read."""
+    names = [f"x_{split}.npy", f"y_{split}.npy"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return " ".join(f"{archive.getinfo(name).CRC:08x}" for name in names)
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return ""  # whoever reads it will say what is wrong
 
 
 def unit(archive, path: Path, split: str, values: np.ndarray) -> int:

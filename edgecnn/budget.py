@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from edgecnn.cells import KIB
+from edgecnn.compare import lowest_seed_rows
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY, lowest_seed_rows
+from edgecnn.files import MADE_BY
 from edgecnn.records import in_range
 
 

@@ -16,14 +16,13 @@ smaller network computes what the whole one does with those weights, biases and 
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from edgecnn.energy import weight_energy_pj
+from edgecnn.energy import weight_prices_pj
 from edgecnn.errors import UserError
 from edgecnn.graph import (
     INPUT,
@@ -34,6 +33,7 @@ from edgecnn.graph import (
     macs_of,
     shapes_of,
     tensor_shapes,
+    weights_of,
 )
 from edgecnn.rewrite import Tensors, deployed_graph, folded_tensors
 
@@ -169,12 +169,6 @@ def macs(graph: Graph) -> int:
     return sum(macs_of(graph).values())
 
 
-def weights_of(graph: Graph) -> dict[str, int]:
-    """{layer: how many weights it has}."""
-    shapes = tensor_shapes(graph)
-    return {name: math.prod(shapes[f"{name}.weight"]) for name in macs_of(graph)}
-
-
 def weight_bytes(graph: Graph) -> int:
     """INT8 bytes of all weights; biases and scales, a few an output channel, left out."""
     return sum(weights_of(graph).values())
@@ -182,8 +176,8 @@ def weight_bytes(graph: Graph) -> int:
 
 def energy_pj(graph: Graph) -> float:
     """Picojoules of all weights, in INT8 and in SRAM."""
-    uses = macs_of(graph)
-    return sum(n * weight_energy_pj(uses[name] // n, 8) for name, n in weights_of(graph).items())
+    prices = weight_prices_pj(graph)
+    return sum(n * prices[name] for name, n in weights_of(graph).items())
 
 
 def instructions(graph: Graph) -> float:

@@ -82,7 +82,7 @@ def share(text: str) -> float:
 def sparsity(text: str) -> float:
     """A share in [0, 1) whose percent has at most two decimals (it names files), or an error."""
     value = share(text)
-    if abs(100 * value - round(100 * value, 2)) > 1e-9:
+    if value != round(value, 4):
         raise argparse.ArgumentTypeError(f"{text} is finer than a hundredth of a percent")
     return value
 

@@ -68,6 +68,20 @@ def crossing(x: list[float], first: list[float], second: list[float]) -> float |
     return x[last] + (x[last + 1] - x[last]) * above[last] / (above[last] - above[last + 1])
 
 
+def run_of(row: dict) -> str:
+    """The run of a row that front.read_runs joined to others; empty in a run's own rows."""
+    return row["variant"].rpartition("/")[0]
+
+
+def lowest_seed_rows(rows: list[dict]) -> list[dict]:
+    """The rows of each run's lowest seed: those that the table, the picture and a budget compare."""
+    first = {}
+    for row in rows:
+        run, seed = run_of(row), row.get("seed", 0)
+        first[run] = min(seed, first.get(run, seed))
+    return [row for row in rows if row.get("seed", 0) == first[run_of(row)]]
+
+
 def group(row: dict) -> str:
     """The variant's name without its seed."""
     return row["variant"].replace(f"_seed{row['seed']}_", "_")

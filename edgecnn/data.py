@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from edgecnn import cifar10
-from edgecnn.arrays import load_arrays
+from edgecnn.arrays import checksums, load_arrays
 from edgecnn.cifar10 import load_sample
 from edgecnn.dataset import (
     CIFAR10,
@@ -23,7 +24,7 @@ from edgecnn.dataset import (
 )
 from edgecnn.errors import UserError
 from edgecnn.names import TEST_SET
-from edgecnn.pictures import LAYOUT, load_folder, resized, resized_split
+from edgecnn.pictures import LAYOUT, load_folder, names_and_sizes, resized, resized_split
 from edgecnn.split import (
     Shape,
     Split,
@@ -151,7 +152,7 @@ def reload_training(
     if (found.classes, found.fingerprint) != (dataset.classes, dataset.fingerprint):
         raise UserError(
             f"--data {dataset.source} is not what this run was trained on: pictures or classes "
-            "changed, or another Pillow decodes them; put them back, or train again"
+            "changed, or another Pillow decodes them; put them back, or train again with --force"
         )
     return train, validation
 
@@ -161,7 +162,8 @@ def load_test(dataset: DataSet, data_dir: Path) -> Split:
     classes, split = read_split(dataset.source, "test", data_dir, dataset.shape)
     if classes != dataset.classes:
         raise UserError(
-            f"--data {dataset.source} has other classes than this run was trained on; train again"
+            f"--data {dataset.source} has other classes than this run was trained on; train "
+            "again with --force"
         )
     return split
 
@@ -185,6 +187,19 @@ def describe(dataset: DataSet, train: Split, validation: Split | None = None) ->
         f"  {kept} of pixels, up to {gibibytes(memory_bytes(len(images), dataset.shape))} "
         "of memory while training, besides the network's own"
     )
+
+
+def picture_digests(source: str, split: str) -> dict[str, str]:
+    """What tells whether a user's own `train` or `test` pictures are the same, for Step.pictures.
+
+    No picture is opened. {} for shipped data, an empty text for a source that is not here. Raises
+    UserError for a folder that is laid out in no supported way.
+    """
+    path = Path(source)
+    if source in ("cifar10", "sample"):
+        return {}
+    digest = names_and_sizes if path.is_dir() else checksums
+    return {f"{split} pictures": digest(path, split)}
 
 
 def load_judging(dataset: DataSet, data_dir: Path, holdout: bool = False) -> tuple[Split, str]:
@@ -223,19 +238,8 @@ def crop_padding(dataset: DataSet) -> int:
 
 
 def pad_reflect(images: torch.Tensor, pad: int) -> torch.Tensor:
-    """uint8 (N, C, H, W) -> (N, C, H + 2 pad, W + 2 pad), the border reflected.
-
-    F.pad has no uint8 kernel. pad is smaller than either side.
-    """
-    if pad == 0:
-        return images
-
-    def reflected(size: int) -> torch.Tensor:
-        index = torch.arange(-pad, size + pad, device=images.device).abs()
-        return torch.where(index >= size, 2 * (size - 1) - index, index)
-
-    height, width = images.shape[2:]
-    return images[:, :, reflected(height)][:, :, :, reflected(width)]
+    """(N, C, H, W) -> (N, C, H + 2 pad, W + 2 pad), the border reflected; pad below either side."""
+    return F.pad(images, (pad,) * 4, mode="reflect")
 
 
 def augmented_batches(

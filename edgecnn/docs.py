@@ -24,15 +24,22 @@ NEEDED |= dict.fromkeys(("seed", "method", "precision"))
 NEEDED |= dict.fromkeys(("accuracy_ci95_low_percent", "accuracy_ci95_high_percent"), (0, 100))
 
 
+def joined_files(folder: Path) -> list[Path]:
+    """What simulate_hardware.py left in a results folder for the tables, as far as it is there."""
+    return [
+        folder / name for name in ("hardware.json", "break_even.json") if (folder / name).exists()
+    ]
+
+
 def break_even_of(folder: Path) -> list[dict]:
     """The run's break-even rows; none without the file."""
     return read_break_even(folder) if (folder / "break_even.json").exists() else []
 
 
-def run_blocks(folder: Path, everything: bool = False) -> dict[str, str]:
+def run_blocks(folder: Path) -> dict[str, str]:
     """The tables of a results folder, by name; raises UserError without a sound metrics.json."""
     rows = read_rows(folder / "metrics.json", NEEDED)
-    return blocks(rows, break_even_of(folder), everything)
+    return blocks(rows, break_even_of(folder))
 
 
 def table_files(folder: Path, rows: list[dict], hardware: list[dict]) -> dict[str, bytes]:
@@ -88,15 +95,16 @@ def render(runs: list[str]) -> None:
         render_run(results_dir(runs[0]))
     for path in pages():
         text = path.read_text(encoding="utf-8")
-        if refreshed(text) != text:
-            write_text(path, refreshed(text))
+        fresh = refreshed(text)
+        if fresh != text:
+            write_text(path, fresh)
             print(f"wrote {path}")
 
 
 def render_run(folder: Path) -> None:
     """Join a run's hardware.json again and write its tables."""
     rows = read_rows(folder / "metrics.json", NEEDED)
-    step = results_step(folder, "evaluate", {}, {}, folder.glob("hardware.json"), TABLES)
+    step = results_step(folder, "evaluate", {}, {}, joined_files(folder), TABLES)
     contents = table_files(folder, rows, read_hardware(folder))
     step.amend({folder / name: content for name, content in contents.items()})
     print(f"wrote {', '.join(TABLES)} in {folder}")

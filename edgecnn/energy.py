@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from edgecnn.graph import Graph, macs_of, weights_of
 from mac_hooks import LayerCount, MacReport, aligned, count_macs, restored, stored_tensors
 
 # Energy of one operation, 45 nm: M. Horowitz, "Computing's energy problem (and what we can do about
@@ -43,9 +44,10 @@ class Energy(NamedTuple):
         return sum(self)
 
 
-def weight_energy_pj(uses: int, bits: int, memory: str = "sram") -> float:
-    """Picojoules that one weight costs an inference: its MACs and its one fetch from `memory`."""
-    return uses * MAC_PJ[bits] + bits / 8 * MEMORY_PJ_PER_BYTE[memory]
+def weight_prices_pj(graph: Graph) -> dict[str, float]:
+    """{layer: picojoules that one weight costs an INT8 inference}: its MACs, its fetch from SRAM."""
+    macs, counts = macs_of(graph), weights_of(graph)
+    return {name: macs[name] // counts[name] * MAC_PJ[8] + SRAM_PJ_PER_BYTE for name in macs}
 
 
 def stored_bytes(weight: torch.Tensor) -> int:

@@ -170,17 +170,3 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
     if not rows:
         raise UserError(f"{path} is not a list of variants, or an empty one; run: {MADE_BY}")
     return [row | {"criterion": criterion_name(row.get("criterion"))} for row in rows]
-
-
-def run_of(row: dict) -> str:
-    """The run of a row that front.read_runs joined to others; empty in a run's own rows."""
-    return row["variant"].rpartition("/")[0]
-
-
-def lowest_seed_rows(rows: list[dict]) -> list[dict]:
-    """The rows of each run's lowest seed: those that the table, the picture and a budget compare."""
-    first = {}
-    for row in rows:
-        run, seed = run_of(row), row.get("seed", 0)
-        first[run] = min(seed, first.get(run, seed))
-    return [row for row in rows if row.get("seed", 0) == first[run_of(row)]]

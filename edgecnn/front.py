@@ -7,9 +7,9 @@ Accuracies compare on the same images alone.
 from pathlib import Path
 
 from edgecnn.cells import ENERGY, KIB, energy, key, markdown_table
-from edgecnn.compare import dominates
+from edgecnn.compare import dominates, lowest_seed_rows, run_of
 from edgecnn.errors import UserError
-from edgecnn.files import lowest_seed_rows, read_rows, run_of
+from edgecnn.files import read_rows
 from edgecnn.names import FRONT, results_dir
 
 COSTS = ("m4_flash_bytes", "m4_ram_bytes", "macs_nonzero", ENERGY.format(""))

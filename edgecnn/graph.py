@@ -240,6 +240,12 @@ def tensor_shapes(graph: Graph) -> dict[str, Shape]:
     return found
 
 
+def weights_of(graph: Graph) -> dict[str, int]:
+    """{node name: how many weights it has, biases apart} of what owns MACs."""
+    shapes, layers = tensor_shapes(graph), (n.name for n in graph.nodes if n.op in WEIGHTED)
+    return {name: math.prod(shapes[f"{name}.weight"]) for name in layers}
+
+
 def activations_of(graph: Graph) -> int:
     """The values of all activations of one image, `input` included."""
     return sum(map(math.prod, shapes_of(graph).values()))
@@ -262,12 +268,8 @@ def check_work(graph: Graph) -> None:
 
 def macs_of(graph: Graph) -> dict[str, int]:
     """{node name: multiplications of one inference, zeros included} of what owns MACs."""
-    shapes, tensors = shapes_of(graph), tensor_shapes(graph)
-    return {
-        node.name: math.prod(tensors[f"{node.name}.weight"]) * math.prod(shapes[node.name][1:])
-        for node in graph.nodes
-        if node.op in WEIGHTED
-    }
+    shapes = shapes_of(graph)
+    return {name: n * math.prod(shapes[name][1:]) for name, n in weights_of(graph).items()}
 
 
 # ---- plain values, as a checkpoint holds them ----------------------------------------------------

@@ -10,8 +10,8 @@ from collections import Counter
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from edgecnn.compare import run_of
 from edgecnn.errors import UserError
-from edgecnn.files import run_of
 from edgecnn.names import NAME_PATTERN
 from edgecnn.text import picture_text
 

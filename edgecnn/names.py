@@ -16,7 +16,6 @@ NAME_PATTERN = re.compile(
     rf"((?(channels)_)(control|pruned_(?P<percent>\d+(\.\d+)?)(_(?P<criterion>{_CRITERION}))?))?)"
     r"(_seed(?P<seed>\d+))?_(?P<precision>fp32|int8)"
 )
-ALWAYS_SHOWN = ("baseline", "control", "pruned_50")  # the methods of every table and picture
 EDGE, STEPS, FRONT = "edge", "steps", "front"  # folders below results/ that are no runs
 # Runs whose figures are in git, and of their files only some: the rest is not missed.
 COMMITTED_RUNS = ("reference", "headline", "channels", "edgeresnet", "taught")
@@ -66,12 +65,6 @@ def variant_name(method: str, precision: str, criterion: str | None = None, seed
     if seed:
         parts.append(f"seed{seed}")
     return "_".join([*parts, precision])
-
-
-def is_always_shown(variant: str) -> bool:
-    """Whether a variant is one that tables and pictures always name, of whatever seed."""
-    match = NAME_PATTERN.fullmatch(variant)
-    return match is not None and match["method"] in ALWAYS_SHOWN
 
 
 def criterion_name(stored):

@@ -2,8 +2,8 @@
 
 from edgecnn.budget import LIMITS, figure_for
 from edgecnn.cells import KIB
+from edgecnn.compare import run_of
 from edgecnn.errors import UserError
-from edgecnn.files import run_of
 from edgecnn.names import TEST_SET
 from edgecnn.peers import ORIGINAL, RESNET8
 

@@ -4,13 +4,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from edgecnn.energy import weight_energy_pj
+from edgecnn.energy import weight_prices_pj
 from edgecnn.errors import UserError
-from edgecnn.split import Shape
-from mac_hooks import count_macs
+from edgecnn.module import Network
 
 CRITERIA = ("l1", "layer-rank", "lamp", "energy")
-DEPLOYED_BITS = 8  # the width at which the energy criterion prices a weight
 
 
 def lamp_scores(weight: torch.Tensor) -> torch.Tensor:
@@ -55,24 +53,13 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
 
 
-def layer_energy_pj(model: nn.Module, input_shape: Shape) -> dict[str, float]:
-    """What one weight costs an inference, by layer: its MACs and its fetch, weights in SRAM."""
-    rows = {row.name: row for row in count_macs(model, input_shape).layers}
-    return {
-        name: weight_energy_pj(rows[name].macs // layer.weight.numel(), DEPLOYED_BITS)
-        for name, layer in weight_layers(model).items()
-    }
-
-
-def prune_globally(
-    model: nn.Module, input_shape: Shape, sparsity: float, criterion: str
-) -> dict[str, torch.Tensor]:
+def prune_globally(model: Network, sparsity: float, criterion: str) -> dict[str, torch.Tensor]:
     """Zero the given share of all weights (biases and BN excluded), exact to one weight.
 
     Returns the masks by layer: bool, True where a weight is kept. Weights that are zero already go
     first, so a mask only shrinks. Raises UserError when more of them are zero than asked for.
     """
-    layers, prices = weight_layers(model), layer_energy_pj(model, input_shape)
+    layers, prices = weight_layers(model), weight_prices_pj(model._graph)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
     count = sum(layer.weight.numel() for layer in layers.values())
     if zeros > round(sparsity * count):

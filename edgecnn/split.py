@@ -81,9 +81,9 @@ def free_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def require_memory(count: int, shape: Shape, where: str) -> None:
+def require_memory(count: int, shape: Shape, where: str, value_bytes: int = 1) -> None:
     """Raise UserError, before anything is read, where the pictures would not fit into memory."""
-    need, free = memory_bytes(count, shape), free_memory_bytes()
+    need, free = value_bytes * memory_bytes(count, shape), free_memory_bytes()
     if need > free:
         raise UserError(
             f"{where}: {count:,} pictures of {'x'.join(map(str, shape))} take {gibibytes(need)} "

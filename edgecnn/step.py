@@ -28,7 +28,7 @@ from edgecnn.names import (
     results_dir,
 )
 
-# Modules that check, name and store; what they do decides no figure.
+# Modules that check, name and store: a change of them makes nothing anew, nor of what they import.
 PLUMBING = ("checkpoint", "cli", "describe", "errors", "files", "names", "step")
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
@@ -90,6 +90,7 @@ class Step:
     code: dict[str, str]  # source_digests(); versions of outside tools belong here too
     force: bool = False
     defaults: dict = field(default_factory=dict)  # of arguments that older records lack
+    pictures: dict[str, str] = field(default_factory=dict)  # data.picture_digests(), as of parents
     digests: dict[str, str] = field(default_factory=dict)  # of the parents, when work begins
 
     @property
@@ -121,6 +122,7 @@ class Step:
         """
         self.require_same_arguments()
         self.digests = {n: sha256(path) for n, path in self.named_parents.items() if path.is_file()}
+        self.digests |= {name: digest for name, digest in self.pictures.items() if digest}
         reason, note = ("--force", "") if self.force else self.judge()
         if reason is None:
             shown = self.outputs[0] if self.outputs[0].exists() else self.record
@@ -199,8 +201,9 @@ class Step:
 
     def changed_parents(self, recorded: dict, committed: bool) -> list[str]:
         """Names of parents that are not those recorded; one that is not here cannot have changed."""
+        recorded = self.pictures | recorded  # which older records lack
         changed = [name for name, digest in self.digests.items() if recorded.get(name) != digest]
-        dropped = recorded.keys() - self.named_parents.keys()
+        dropped = recorded.keys() - self.named_parents.keys() - self.pictures.keys()
         return changed + ([] if committed else sorted(dropped))
 
     def commit(self, contents: dict[Path, bytes], fields: dict | None = None) -> None:

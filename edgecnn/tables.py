@@ -19,10 +19,9 @@ from edgecnn.cells import (
     per_seed,
     scaled,
 )
-from edgecnn.compare import crossing, group
-from edgecnn.files import lowest_seed_rows
+from edgecnn.compare import crossing, group, lowest_seed_rows
 from edgecnn.hardware import PICOJOULES_A_CYCLE, stm32l4r5_energy_uj
-from edgecnn.names import TEST_SET, is_always_shown, is_pruned
+from edgecnn.names import NAME_PATTERN, TEST_SET, is_pruned
 from edgecnn.peers import CMSIS_NN, ORIGINAL, RESNET8
 
 BAND_NOTE = (
@@ -30,6 +29,7 @@ BAND_NOTE = (
         middle=PICOJOULES_A_CYCLE[""], **PICOJOULES_A_CYCLE
     )
 )
+ALWAYS_SHOWN = ("baseline", "control", "pruned_50")  # the methods that every table names
 # Against ResNet-8, each axis once: its name, the key, a unit, decimals, whether more is better.
 AXES = (
     ("Accuracy %, measured (ResNet-8: as published)", "accuracy_percent", 1, 2, True),
@@ -57,6 +57,12 @@ ORIGINAL_AXES = (
 
 
 # ---- one table a question ----------------------------------------------------------------------
+
+
+def is_always_shown(variant: str) -> bool:
+    """Whether it is one of ALWAYS_SHOWN, of whatever seed."""
+    match = NAME_PATTERN.fullmatch(variant)
+    return match is not None and match["method"] in ALWAYS_SHOWN
 
 
 def shown(rows: list[dict]) -> list[dict]:

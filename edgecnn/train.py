@@ -241,7 +241,7 @@ def fit(
     start = f"{recipe.start}, {dataset.fingerprint} {dataset.augment}, {len(train[1])} images"
     source = {"start": start, "code": code, **environment(device)}
     history = load_resume(resume_path, model, optimizer, recipe, source) if resume_path else []
-    padded = pad_reflect(train[0].to(device), crop_padding(dataset))
+    padded = pad_reflect(train[0], crop_padding(dataset)).to(device)
     parts = (padded, train[1].to(device), dataset, after_step, teacher)
     send((model, optimizer.state_dict(), len(history), recipe, *parts), device.type)
     replica = replicated(model)

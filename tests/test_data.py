@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from edgecnn import cifar10, data
 from edgecnn.dataset import CIFAR10
@@ -124,12 +123,6 @@ def test_sample_holds_real_training_images_of_every_class():
     assert held_labels.bincount(minlength=10).min() > 0
     assert len(images.flatten(1).unique(dim=0)) == len(images)
     assert cifar10.SAMPLE.stat().st_size <= 1.5 * 2**20
-
-
-def test_reflected_border_equals_torchs_own():
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    expected = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
-    assert torch.equal(data.pad_reflect(images, 4).float(), expected)
 
 
 def test_normalization_closed_form_and_layout():

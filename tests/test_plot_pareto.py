@@ -19,9 +19,8 @@ from matplotlib.collections import PolyCollection
 
 import plot_pareto
 from edgecnn import marks
-from edgecnn.compare import pareto_front
+from edgecnn.compare import pareto_front, run_of
 from edgecnn.errors import UserError
-from edgecnn.files import run_of
 from edgecnn.front import read_runs
 from edgecnn.labels import overlaps
 from edgecnn.names import TEST_SET

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from foreign_networks import captured
 
 from edgecnn.checkpoint import float_module, load_checkpoint
 from edgecnn.data import load_sample
 from edgecnn.dataset import CIFAR10
-from edgecnn.energy import MAC_PJ, SRAM_PJ_PER_BYTE
+from edgecnn.energy import MAC_PJ, SRAM_PJ_PER_BYTE, weight_prices_pj
 from edgecnn.errors import UserError
 from edgecnn.files import sha256
-from edgecnn.networks import EdgeCNN
+from edgecnn.module import module_of
 from edgecnn.pruning import (
     CRITERIA,
     hold_zeros,
     importance,
     lamp_scores,
-    layer_energy_pj,
     prune_globally,
     weight_layers,
 )
@@ -31,10 +31,14 @@ from prune_finetune import HEADLINE_RECIPE
 WEIGHTS, MACS = 619_872, 10_848_768
 
 
+def network():
+    return module_of(captured("edgecnn")[0])
+
+
 def pruned(sparsity, criterion, seed=0):
     torch.manual_seed(seed)
-    model = EdgeCNN()
-    return model, prune_globally(model, CIFAR10.shape, sparsity, criterion)
+    model = network()
+    return model, prune_globally(model, sparsity, criterion)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -49,7 +53,7 @@ def test_sparsity_is_exact_to_one_weight(sparsity, criterion):
 
 def test_l1_keeps_every_magnitude_above_one_global_threshold():
     torch.manual_seed(0)
-    before = [layer.weight.detach().clone() for layer in weight_layers(EdgeCNN()).values()]
+    before = [layer.weight.detach().clone() for layer in weight_layers(network()).values()]
     _, masks = pruned(0.5, "l1")
     kept = torch.cat([w[m].abs() for w, m in zip(before, masks.values(), strict=True)])
     gone = torch.cat([w[~m].abs() for w, m in zip(before, masks.values(), strict=True)])
@@ -58,7 +62,7 @@ def test_l1_keeps_every_magnitude_above_one_global_threshold():
 
 def test_normalized_takes_the_smallest_of_each_layer_in_equal_shares():
     torch.manual_seed(0)
-    before = [layer.weight.detach().clone() for layer in weight_layers(EdgeCNN()).values()]
+    before = [layer.weight.detach().clone() for layer in weight_layers(network()).values()]
     model, masks = pruned(0.5, "layer-rank")
     for weight, mask in zip(before, masks.values(), strict=True):
         assert abs(int((~mask).sum()) - weight.numel() / 2) <= 1
@@ -81,7 +85,7 @@ def test_lamp_score_is_the_share_of_the_remaining_squared_norm():
 
 
 def test_a_weight_costs_its_uses_and_its_fetch():
-    costs = layer_energy_pj(EdgeCNN(), CIFAR10.shape)
+    costs = weight_prices_pj(captured("edgecnn")[0])
     uses = {"block1.conv": 1024, "block2.conv": 256, "block3.conv": 64, "fc1": 1, "fc2": 1}
     assert costs == {name: n * MAC_PJ[8] + SRAM_PJ_PER_BYTE for name, n in uses.items()}
 
@@ -98,7 +102,7 @@ def test_energy_prunes_the_dearer_of_two_equally_dispensable_weights():
 @pytest.mark.parametrize("first", CRITERIA)
 def test_masks_only_shrink_from_level_to_level(first, criterion):
     model, before = pruned(0.5, first)
-    after = prune_globally(model, CIFAR10.shape, 0.8, criterion)
+    after = prune_globally(model, 0.8, criterion)
     assert all(not (after[name] & ~before[name]).any() for name in before)
     zeros = sum(int((~mask).sum()) for mask in after.values())
     assert abs(zeros - 0.8 * WEIGHTS) <= 1
@@ -107,7 +111,7 @@ def test_masks_only_shrink_from_level_to_level(first, criterion):
 def test_a_level_below_the_parents_zeros_is_refused():
     model, _ = pruned(0.5, "l1")
     with pytest.raises(UserError, match="50.00 % of the weights are zero already"):
-        prune_globally(model, CIFAR10.shape, 0.4, "l1")
+        prune_globally(model, 0.4, "l1")
 
 
 @pytest.fixture
