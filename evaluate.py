@@ -43,18 +43,14 @@ if TYPE_CHECKING:
 # ---- one variant -------------------------------------------------------------------------------
 
 
-def energy_columns(energy, bits: int) -> dict:
-    """What an EnergyReport models: microjoules by memory and purpose, bytes of memory."""
+def energy_columns(energy, digits: int) -> dict:
+    """Microjoules of an EnergyReport or one of its layers, by purpose and memory."""
     sram, dram = energy.energy_uj("sram"), energy.energy_uj("dram")
     return {
-        "energy_arithmetic_uj": round(sram.arithmetic, 4),
-        "energy_weights_sram_uj": round(sram.weights, 4),
-        "energy_weights_dram_uj": round(dram.weights, 4),
-        "energy_activations_uj": round(sram.activations, 4),
-        "energy_sram_uj": round(sram.total, 4),
-        "energy_dram_uj": round(dram.total, 4),
-        "weight_stored_bytes": energy.stored_bytes,
-        "activations_peak_bytes": energy.peak_activations * bits // 8,
+        "energy_arithmetic_uj": round(sram.arithmetic, digits),
+        "energy_weights_sram_uj": round(sram.weights, digits),
+        "energy_weights_dram_uj": round(dram.weights, digits),
+        "energy_activations_uj": round(sram.activations, digits),
     }
 
 
@@ -65,7 +61,7 @@ def layer_rows(path: Path) -> list[dict]:
 
     rows = []
     for priced in counted(load_checkpoint(path))[1].layers:
-        layer, sram, dram = priced.count, priced.energy_uj("sram"), priced.energy_uj("dram")
+        layer = priced.count
         rows.append(
             {
                 "variant": path.stem,
@@ -75,10 +71,7 @@ def layer_rows(path: Path) -> list[dict]:
                 "stored_bytes": priced.stored_bytes,
                 "macs": layer.macs,
                 "macs_nonzero": layer.nonzero_macs,
-                "energy_arithmetic_uj": round(sram.arithmetic, 5),
-                "energy_weights_sram_uj": round(sram.weights, 5),
-                "energy_weights_dram_uj": round(dram.weights, 5),
-                "energy_activations_uj": round(sram.activations, 5),
+                **energy_columns(priced, 5),
             }
         )
     return rows
@@ -110,9 +103,6 @@ def evaluate_checkpoint(
     correct = sum(hits)
     low, high = wilson_interval_percent(correct, len(labels))
     bits = {"fp32": 32, "int8": 8}[precision]
-    weights = [t for t in checkpoint["tensors"].values() if t.ndim > 1]
-    weight_count = sum(t.numel() for t in weights)
-    nonzero = sum(int(t.count_nonzero()) for t in weights)
     row = {
         "variant": path.stem,
         "method": origin["method"],
@@ -128,14 +118,18 @@ def evaluate_checkpoint(
         "accuracy_ci95_high_percent": round(high, 3),
         "size_bytes": path.stat().st_size,
         "parameters": report.parameters,
-        "weights": weight_count,
-        "weights_nonzero": nonzero,
-        "sparsity_percent": round(100 * (1 - nonzero / weight_count), 4),
+        "weights": report.weights,
+        "weights_nonzero": report.nonzero_weights,
+        "sparsity_percent": round(report.zeros_percent, 4),
         "macs": report.macs,
         "macs_nonzero": report.nonzero_macs,
         "relative_energy": round(energy_score(report.nonzero_macs, bits), 4),
         "relative_energy_dense": round(energy_score(report.macs, bits), 4),
-        **energy_columns(energy, bits),
+        **energy_columns(energy, 4),
+        "energy_sram_uj": round(energy.energy_uj("sram").total, 4),
+        "energy_dram_uj": round(energy.energy_uj("dram").total, 4),
+        "weight_stored_bytes": energy.stored_bytes,
+        "activations_peak_bytes": energy.peak_activations * bits // 8,
         "epochs": origin["arguments"].get("epochs"),
         "parent": origin["parent"],
         "checkpoint": str(path),

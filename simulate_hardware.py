@@ -28,12 +28,18 @@ from edgecnn.cli import (
 )
 from edgecnn.data import load_judging, normalize
 from edgecnn.deploy.c_source import host_logits
-from edgecnn.deploy.cortex_m import NotInstalled, cortex_m_row, require_tools, tool_versions
+from edgecnn.deploy.cortex_m import (
+    NotInstalled,
+    NotMeasured,
+    cortex_m_row,
+    require_tools,
+    tool_versions,
+)
 from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import json_bytes, read_record, sha256
-from edgecnn.names import EDGE, results_dir
+from edgecnn.names import EDGE, results_dir, run_flag, run_of_results
 from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
 
@@ -56,26 +62,27 @@ def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
     Without them None and nulls: not measured.
     """
     path, json_path = folder / f"{name}.tflite", folder / f"{name}.json"
+    made_by = f"python export_edge.py{run_flag(run_of_results(folder.parent))}"
     if path.exists() and json_path.exists():
         keys = ("checkpoint_sha256", "tflite_sha256", *FROM_EXPORT)
-        result = read_record(json_path, "python export_edge.py", dict.fromkeys(keys))
+        result = read_record(json_path, made_by, dict.fromkeys(keys))
         digests = [result[key] for key in ("checkpoint_sha256", "tflite_sha256")]
         if digests == [digest, sha256(path)]:
             return path.read_bytes(), {ours: result[key] for key, ours in FROM_EXPORT.items()}
-    print(f"{name}: no current {path.name}; make it with: python export_edge.py")
+    print(f"{name}: no current {path.name}; make it with: {made_by}")
     return None, dict.fromkeys(FROM_EXPORT.values())
 
 
 def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
     """cortex_m_row, its outputs checked on all images against the same C on this machine.
 
-    images: normalized (N, C, H, W). Empty where the compiler or QEMU is missing. Raises UserError
-    where the outputs differ.
+    images: normalized (N, C, H, W). Empty where the compiler or QEMU is missing or the program too
+    large. Raises UserError where the outputs differ.
     """
     inputs = quantize_images(checkpoint, images)
     try:
         row = cortex_m_row(checkpoint, inputs)
-    except NotInstalled as error:
+    except NotMeasured as error:
         print(f"Cortex-M: not measured: {error}")
         return {}
     if row.pop("m4_logits") != host_logits(checkpoint, inputs).tolist():
@@ -115,17 +122,17 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
 
 
 def break_even(checkpoint: dict, images: torch.Tensor, accelerator: str) -> list[dict]:
-    """The rows of break_even.json; none where a tool is missing: not measured."""
+    """The rows of break_even.json; none where a tool is missing or a program too large."""
     try:
         require_tools()
         if not vela_installed():
             raise NotInstalled(
                 "ethos-u-vela not installed; pip install -r firmware/requirements.txt"
             )
-    except NotInstalled as error:
+        return [break_even_row(checkpoint, share, images, accelerator) for share in ZEROS]
+    except NotMeasured as error:
         print(f"break-even: not measured: {error}")
         return []
-    return [break_even_row(checkpoint, share, images, accelerator) for share in ZEROS]
 
 
 # ---- the step ----------------------------------------------------------------------------------

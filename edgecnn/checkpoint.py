@@ -21,7 +21,14 @@ from edgecnn.errors import UserError
 from edgecnn.files import read_record, sha256
 from edgecnn.graph import Graph, from_plain, to_plain
 from edgecnn.module import module_of
-from edgecnn.names import NAME_PATTERN, checkpoints_dir, criterion_name, results_dir
+from edgecnn.names import (
+    NAME_PATTERN,
+    checkpoints_dir,
+    criterion_name,
+    results_dir,
+    run_flag,
+    run_of_checkpoint,
+)
 from edgecnn.packing import pack, unpack
 from edgecnn.records import plain_problem
 from edgecnn.schema import check_header, check_layout, stored_bytes, value_problems
@@ -105,10 +112,7 @@ def made_by(path: Path) -> str | None:
     else:
         command = f"python prune_finetune.py {pruning_flags(path, name)}"
     command += f" --seed {name['seed']}" if name["seed"] else ""
-    folder = path.parent.name if path.parent.parent == checkpoints_dir() else ""
-    command += (
-        f" --{folder}" if folder in ("smoke", "holdout") else f" --run {folder}" * bool(folder)
-    )
+    command += run_flag(run_of_checkpoint(path) or "")
     if name["precision"] == "int8":
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
@@ -132,9 +136,9 @@ def pruning_flags(path: Path, name: re.Match) -> str:
 @functools.cache
 def note_other_digest(path: Path) -> None:
     """Say, once, where a checkpoint is not the file that the JSON of its step describes."""
-    folder = path.parent.parent if path.parent != checkpoints_dir() else path.parent
-    json_path = results_dir(path.parent.name if folder != path.parent else "") / f"{path.stem}.json"
-    if folder != checkpoints_dir() or not json_path.is_file():
+    run = run_of_checkpoint(path)
+    json_path = results_dir(run or "") / f"{path.stem}.json"
+    if run is None or not json_path.is_file():
         return
     try:
         told = read_record(json_path, made_by(path) or "the step", {}).get("checkpoint_sha256")
@@ -216,7 +220,8 @@ def find_checkpoints(run: str) -> list[Path]:
     paths = [path for path in sorted(folder.glob("*.pt")) if not path.stem.endswith(".resume")]
     paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
     if not paths:
-        raise UserError(f"no checkpoint in {folder}; make one with: python train_baseline.py")
+        command = f"python train_baseline.py{run_flag(run)}"
+        raise UserError(f"no checkpoint in {folder}; make one with: {command}")
     for path in paths:
         if not is_name(path.stem):
             raise UserError(f"{str(path)!a} cannot be shown in a table; rename the file")
@@ -228,7 +233,8 @@ def int8_of_lowest_seed(run: str) -> dict[Path, dict]:
     checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
     found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
     if not found:
-        raise UserError("this run has no int8 checkpoint; make one with: python quantize.py")
+        command = f"python quantize.py{run_flag(run)}"
+        raise UserError(f"this run has no int8 checkpoint; make one with: {command}")
     first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
     return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
 

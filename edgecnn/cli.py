@@ -1,13 +1,12 @@
 """Command-line pieces that several scripts share. Imports no torch."""
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 from edgecnn.errors import UserError
-from edgecnn.names import AUGMENTATIONS, EDGE, FRONT, STEPS, checkpoints_dir
+from edgecnn.names import AUGMENTATIONS, EDGE, FRONT, STEPS, run_of_checkpoint
 from edgecnn.text import UNSHOWABLE
 
 SMOKE_EPOCHS = 2
@@ -253,7 +252,5 @@ def run_name(args: argparse.Namespace) -> str:
         raise UserError(f"--run {args.run} and --smoke ask for different folders; give one")
     checkpoint = getattr(args, "checkpoint", None)
     if checkpoint and not (args.run or implied):
-        folder = Path(os.path.abspath(checkpoint.parent))  # a link to it keeps its own name
-        if folder.parent == Path(os.path.abspath(checkpoints_dir())):
-            return folder.name
+        return run_of_checkpoint(checkpoint) or ""
     return args.run or implied

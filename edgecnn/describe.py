@@ -4,10 +4,12 @@ import math
 
 import torch
 
-from edgecnn.graph import INPUT, Graph, Node, macs_of, shapes_of, tensor_shapes
+from edgecnn.energy import modelled_energy
+from edgecnn.graph import INPUT, Graph, Node, macs_of, shapes_of, tensor_shapes, weights_of
+from edgecnn.module import Network
 from edgecnn.rewrite import deployed_graph, folded_tensors
+from mac_hooks import aligned
 
-IN_PLACE = ("relu", "relu6", "flatten")  # may overwrite what they read
 HEADER = ("layer", "operation", "output", "MACs", "parameters", "zeros %")
 
 
@@ -17,8 +19,8 @@ def describe(graph: Graph, tensors: dict[str, torch.Tensor] | None = None) -> st
     MACs and parameters count zeros too; a parameter is a weight or a bias, batch norm folded.
     """
     small = deployed_graph(graph)
-    shapes, macs, tensor = shapes_of(small), macs_of(small), tensor_shapes(small)
-    weights = {name: math.prod(tensor[f"{name}.weight"]) for name in macs}
+    shapes, macs, weights = shapes_of(small), macs_of(small), weights_of(small)
+    tensor = tensor_shapes(small)
     parameters = {name: n + math.prod(tensor[f"{name}.bias"]) for name, n in weights.items()}
     zeros = dict.fromkeys(macs, 0)
     if tensors is not None:
@@ -36,9 +38,10 @@ def describe(graph: Graph, tensors: dict[str, torch.Tensor] | None = None) -> st
     lines.append(("total", "", "", *total))
     if tensors is None:
         lines = [line[:-1] for line in lines]
-    peak = peak_elements(small)
+    with torch.device("meta"):  # nothing is computed
+        peak = modelled_energy(Network(small), small.input_shape).peak_activations
     memory = f"activations alive at one time: at most {peak:,} ({peak / 1024:.1f} KiB in INT8)"
-    return f"image {by(shapes[INPUT])}\n{aligned(lines)}\n{memory}"
+    return f"image {by(shapes[INPUT])}\n{aligned(lines, 3)}\n{memory}"
 
 
 def operation(node: Node) -> str:
@@ -55,34 +58,3 @@ def operation(node: Node) -> str:
 def by(sides) -> str:
     """(16, 32, 32) -> `16x32x32`."""
     return "x".join(map(str, sides))
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest cell: the first three to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def peak_elements(graph: Graph) -> int:
-    """The most activations alive at one time: all that a node reads, writes, or that wait for later.
-
-    ReLU and flattening write over what they read when nothing else needs it. Kernels that work in
-    place, or in rows, need less; buffers that cannot be packed tightly more.
-    """
-    sizes = {name: math.prod(shape) for name, shape in shapes_of(graph).items()}
-    last = {name: step for step, node in enumerate(graph.nodes) for name in node.inputs}
-    alive, peak = {INPUT}, sizes[INPUT]
-    for step, node in enumerate(graph.nodes):
-        spent = {name for name in node.inputs if last[name] == step}
-        if node.op in IN_PLACE:
-            alive -= spent
-        alive.add(node.name)
-        peak = max(peak, sum(sizes[name] for name in alive))
-        alive -= spent
-    return peak

@@ -12,11 +12,11 @@ from edgecnn.cells import KIB
 from edgecnn.compare import crossing
 from edgecnn.errors import UserError
 from edgecnn.files import MADE_BY, read_table
+from edgecnn.labels import FONT
+from edgecnn.marks import GREY
 from edgecnn.records import MOST
 from edgecnn.text import picture_text
 
-GREY = "#808080"
-LABEL_FONT = 9.5
 # Panels of layers: the axis label, what an axis unit is, and the stacked keys with name and colour.
 LAYER_PANELS = [
     ("stored weights (KiB),\nindex included", KIB, [("stored_bytes", "stored", "#0072B2")]),
@@ -140,7 +140,7 @@ def draw_break_even(rows: list[dict]) -> Figure:
                 ha="left" if side > 0 else "right",
                 va="top",
                 textcoords="offset points",
-                fontsize=LABEL_FONT,
+                fontsize=FONT,
             )
         panel.set_ylim(bottom=0)
         panel.set_xlabel("zeros in every layer (%)")

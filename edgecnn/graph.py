@@ -163,14 +163,20 @@ class Operation(NamedTuple):
     arity: int = 1
 
 
+def is_count(value) -> bool:
+    """Whether a value from a file is a number of channels, rows or columns."""
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+# What an option may be, and in words.
 KINDS = {
-    "count": lambda v: type(v) is int and 1 <= v <= MAX_SIDE,
-    "pair": lambda v: is_pair(v, 1),
-    "padding": lambda v: is_pair(v, 0),
-    "flag": lambda v: type(v) is int and v in (0, 1),
-    "positive": lambda v: type(v) is float and 0 < v < 1,
-    "share": lambda v: type(v) is float and 0 <= v < 1,
-    "activation": lambda v: v in ACTIVATIONS,
+    "count": (is_count, f"a whole number from 1 to {MAX_SIDE:,}"),
+    "pair": (lambda v: is_pair(v, 1), "two whole numbers from 1"),
+    "padding": (lambda v: is_pair(v, 0), "two whole numbers from 0"),
+    "flag": (lambda v: type(v) is int and v in (0, 1), "0 or 1"),
+    "positive": (lambda v: type(v) is float and 0 < v < 1, "a float above 0 and below 1"),
+    "share": (lambda v: type(v) is float and 0 <= v < 1, "a float from 0 to below 1"),
+    "activation": (lambda v: v in ACTIVATIONS, "one of " + ", ".join(ACTIVATIONS)),
 }
 WINDOW = {"kernel": "pair", "stride": "pair"}
 OPERATIONS = {
@@ -294,7 +300,7 @@ def from_plain(plain) -> Graph:
     require(isinstance(plain, dict) and plain.keys() == {"input_shape", "nodes"}, "no graph")
     shape, nodes = plain["input_shape"], plain["nodes"]
     sides = isinstance(shape, list) and len(shape) == 3
-    require(sides and all(map(KINDS["count"], shape)), "its input shape is not [C, H, W]")
+    require(sides and all(map(is_count, shape)), "its input shape is not [C, H, W]")
     require(isinstance(nodes, list) and 1 <= len(nodes) <= MAX_NODES, "its nodes are no list")
     known, checked = {INPUT}, []
     for node in nodes:
@@ -347,7 +353,8 @@ def checked_node(node, known: set[str]) -> Node:
         f"{name} ({op}): its options are not {', '.join(kinds) or 'none'}",
     )
     for key, value in given.items():
-        require(bool(KINDS[kinds[key]](value)), f"{name} ({op}): {key} is not a {kinds[key]}")
+        right, words = KINDS[kinds[key]]
+        require(bool(right(value)), f"{name} ({op}): {key} is {value!a:.40}, not {words}")
     return Node(
         name,
         op,

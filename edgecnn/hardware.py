@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from edgecnn.budget import BOARDS
+from edgecnn.cells import KIB
 from edgecnn.files import read_table
 from edgecnn.records import MOST
 
 MADE_BY_HARDWARE = "python simulate_hardware.py"
 # The keys of hardware.json begin so; those of a checkpoint's own row never do.
 HARDWARE_KEYS = ("hardware_", "m4_", "m7_", "u55_", "u65_", "u85_", "stm32", "tflite_")
-STM32L4R5_FLASH_BYTES = 2 * 2**20  # STM32L4R5xI, datasheet DS12023
 BREAK_EVEN_KEYS = (
     "zeros_percent",
     *(f"m{c}_{k}_instructions" for c in (4, 7) for k in ("dense", "sparse")),
@@ -28,7 +29,7 @@ ENERGY_NEEDS = {"m4_flash_bytes", *(f"m4_cycles_modelled{end}" for end in PICOJO
 
 def stm32l4r5_energy_uj(row: dict) -> dict:
     """The energies that a row's modelled cycles imply, by key; None where it outgrows the flash."""
-    fits = row["m4_flash_bytes"] <= STM32L4R5_FLASH_BYTES
+    fits = row["m4_flash_bytes"] <= BOARDS["stm32l4r5"].flash_kib * KIB
     return {
         f"stm32l4r5_energy_modelled{end}_uj": round(row[f"m4_cycles_modelled{end}"] * pj / 1e6, 3)
         if fits

@@ -16,8 +16,8 @@ def overlaps(a, b) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def label_points(panel, points, names, colors, marks, mark_size: float) -> list:
-    """Write each point's name; the texts that found room. points: (x, y), from the lowest up.
+def label_points(panel, points, names, colors, marks, mark_size: float) -> None:
+    """Write the names that find room beside their points. points: (x, y), from the lowest up.
 
     marks: (x, y) of everything drawn in the panel, mark_size points wide. Axes must be final.
     """
@@ -28,7 +28,7 @@ def label_points(panel, points, names, colors, marks, mark_size: float) -> list:
         (x - half, y - half, x + half, y + half)
         for x, y in (panel.transData.transform(mark) for mark in marks)
     ]
-    texts, offset = [], {"textcoords": "offset points"}
+    offset = {"textcoords": "offset points"}
     for point, name, color in zip(points, names, colors, strict=True):
         look = {"fontsize": FONT, "color": color, "parse_math": False, "zorder": 6}
         text = Text(text=name, figure=panel.figure, **look)
@@ -44,9 +44,8 @@ def label_points(panel, points, names, colors, marks, mark_size: float) -> list:
             continue
         taken.append(box)
         corner = (box[0] - x) / pixels, (box[1] - y) / pixels
-        texts.append(panel.annotate(name, point, corner, va="bottom", **offset, **look))
+        panel.annotate(name, point, corner, va="bottom", **offset, **look)
         if row > 0:
             end = (min(box[2], x) - x) / pixels, (box[1] - y) / pixels
             line = {"arrowstyle": "-", "lw": 0.6, "color": color, "shrinkA": 0, "shrinkB": 3}
             panel.annotate("", point, end, arrowprops=line, zorder=5, **offset)
-    return texts

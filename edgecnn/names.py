@@ -1,5 +1,6 @@
 """Where a run's files lie and how variants are called."""
 
+import os
 import re
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def checkpoints_dir(run: str = "") -> Path:
 def results_dir(run: str = "") -> Path:
     """`results/`, or the run's own folder in it (`smoke`, `reference`)."""
     return Path("results") / run
+
+
+def run_of_checkpoint(path: Path) -> str | None:
+    """The run in whose folder a checkpoint lies, empty for the default one; None elsewhere."""
+    folder, home = (Path(os.path.abspath(p)) for p in (path.parent, checkpoints_dir()))
+    if folder == home:
+        return ""
+    return folder.name if folder.parent == home else None  # a link to it keeps its own name
+
+
+def run_of_results(folder: Path) -> str:
+    """The run whose figures lie in a folder, empty for results/ itself and any other."""
+    return folder.name if folder.parent == results_dir() else ""
+
+
+def run_flag(run: str) -> str:
+    """The flag that makes a command work in a run's folders, a blank before it."""
+    return f" --{run}" if run in ("smoke", "holdout") else f" --run {run}" * bool(run)
 
 
 def method_name(structure: str, sparsity: float, parent: str) -> str:

@@ -25,9 +25,8 @@ import torch
 from torch import nn
 
 from edgecnn.errors import UserError
+from edgecnn.split import Shape
 from edgecnn.torch_files import read_torch
-
-Shape = tuple[int, int, int]  # (C, H, W) of one image
 
 
 def conv_bn(inputs, outputs, kernel=3, stride=1, padding=1, groups=1, **after) -> nn.Sequential:

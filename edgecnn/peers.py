@@ -34,7 +34,7 @@ RESNET8 = {
 }
 # This project's first network, dense, in CMSIS-NN, counted alike; zeros do not help it.
 CMSIS_NN = {"macs": 10_848_768, "weights": 619_872}
-CMSIS_NN |= {"m4_instructions": 22.15e6, "m4_flash_bytes": 639_184, "m4_ram_bytes": 44_780}
+CMSIS_NN |= {"m4_instructions": 22.15e6, "m4_flash_bytes": 639_184}
 
 # The table that this project started from, as published, by the variant of ours that answers a row.
 # Its pruned MACs and sizes were assumed (half of the dense ones), not counted. MB are 2^20 bytes.

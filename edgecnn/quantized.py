@@ -16,7 +16,7 @@ from torch.ao.nn.intrinsic import quantized as nniq
 
 from edgecnn.errors import UserError
 from edgecnn.graph import ACTIVATED, INPUT, WEIGHTED, Graph, Node, batch_size, from_plain
-from edgecnn.module import module_of, place
+from edgecnn.module import MODULES, module_of, place
 
 SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same scale
 HIGHEST = 255
@@ -202,19 +202,9 @@ def node_module(node: Node, tensors: dict, quantization: dict) -> nn.Module:
             return Add(own["scale"], own["zero_point"], relu)
         case "max_pool" | "avg_pool" if o["kernel"] == (1, 1):
             return Subsample(o["stride"])
-        case "max_pool":
-            return nn.MaxPool2d(o["kernel"], o["stride"], o["padding"])
-        case "avg_pool":
-            return nn.AvgPool2d(o["kernel"], o["stride"])
-        case "global_avg_pool":
-            return nn.AdaptiveAvgPool2d(1)
-        case "relu":
-            return nn.ReLU()
         case "relu6":
             return ReLU6()
-        case "flatten":
-            return nn.Flatten()
-    raise ValueError(f"{node.name}: a deployed graph has no {node.op}")
+    return MODULES[node.op]((), o)  # those that run on quint8 as on floats
 
 
 def ran(node: Node, module: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:

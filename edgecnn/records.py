@@ -70,7 +70,7 @@ def expected(key: str, value) -> str | None:
         or key in NAMES_OR_NULL
         and not (value is None or is_name(value))
     ):
-        return "a name of at most 200 characters that can be shown and part a file's name"
+        return "a name of at most 200 characters that can be shown and be part of a file's name"
     if key in LABELS and not is_text(value, NAME_LENGTH):
         return "text that can be shown"
     if key in LABELS_OR_NULL and not (value is None or is_text(value, NAME_LENGTH)):

@@ -16,6 +16,7 @@ from edgecnn.graph import (
     WEIGHTED,
     Graph,
     from_plain,
+    require,
     shapes_of,
     tensor_shapes,
 )
@@ -62,12 +63,6 @@ def expected_tensors(checkpoint: dict) -> dict[str, tuple[torch.dtype, tuple[int
 def shown(dtype, shape) -> str:
     """`float32 256x2048`, for a message."""
     return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape)) or 'scalar'}"
-
-
-def require(condition: bool, problem: str) -> None:
-    """Raise ValueError where a condition does not hold."""
-    if not condition:
-        raise ValueError(problem)
 
 
 # ---- before the data is read -------------------------------------------------------------------

@@ -26,6 +26,7 @@ from edgecnn.names import (
     checkpoints_dir,
     criterion_name,
     results_dir,
+    run_of_results,
 )
 
 # Modules that check, name and store: a change of them makes nothing anew, nor of what they import.
@@ -263,7 +264,7 @@ def results_step(
     folder: Path, name: str, code, arguments, parents, outputs: tuple[str, ...], force=False
 ) -> Step:
     """A step that writes `outputs` into results/ or a run's folder in it, and a record beside."""
-    run = folder.name if folder.parent == results_dir() else ""
+    run = run_of_results(folder)
     files = tuple(folder / output for output in outputs)
     record = folder / STEPS / f"{name}.json"
     return Step(run, record, arguments, tuple(parents), files, code, force)

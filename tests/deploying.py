@@ -194,7 +194,7 @@ def differing_step(library, plan, checkpoint: dict, image: torch.Tensor) -> str 
         found = np.ctypeslib.as_array(
             ctypes.cast(pointers[-1], ctypes.POINTER(ctypes.c_uint8)), (size,)
         )
-        if step.output in exact:
+        if " " not in step.output:  # what a node has besides its own value
             values = exact[step.output][0]
             expected = values.permute(1, 2, 0) if values.ndim == 3 else values
             if not np.array_equal(found, expected.reshape(-1).numpy().astype(np.uint8)):

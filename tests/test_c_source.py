@@ -19,7 +19,7 @@ from foreign_networks import FOREIGN
 
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, kernels
-from edgecnn.deploy.integer import exact_logits, exact_values
+from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.plan import arrange, clash, planned
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Node
@@ -155,13 +155,6 @@ def test_the_fewest_instructions_or_their_product_with_flash_decide():
     assert [kernel_of(many, s) for s in ("dense", "sparse")] == ["linear_dense", "linear_sparse"]
 
 
-def test_estimates_are_what_was_counted():
-    import json
-
-    for row in json.loads(kernels.COSTS.read_text())["layers"]:
-        assert abs(row["estimated"] / row["instructions"] - 1) < 0.03, row
-
-
 def test_python_and_c_agree_on_what_is_taken_at_once():
     for file, name, value in (
         ("conv_sparse.c", "MOST", kernels.SPARSE_ENTRIES),
@@ -259,14 +252,3 @@ def test_missing_and_failing_compilers_are_user_errors(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="failed with exit code 1: .*error"):
         c_source.compile_host([tmp_path / "bad.c"], tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()
-
-
-def test_every_value_of_a_network_is_checked(library):
-    """The tests above compare each step that is named; a fused one bears the name of what it ends in."""
-    nodes = [conv("a", INPUT, 4, (3, 3), padding=(1, 1), activation="relu")]
-    nodes.append(conv("b", "a", 4, (3, 3), padding=(1, 1)))
-    graph = ended((3, 8, 8), *nodes, Node("c", "add", ("b", "a"), {"activation": "relu"}))
-    checkpoint = random_checkpoint(graph)
-    plan = planned(checkpoint)
-    assert [step.output for step in plan.steps] == ["a", "c", "mean"]
-    assert exact_values(checkpoint, random_images(graph, 1)).keys() >= {"a", "c", "mean"}

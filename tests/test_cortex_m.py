@@ -8,6 +8,7 @@ import torch
 from conftest import REPOSITORY
 from deploying import conv, deployed_network, random_checkpoint, random_images
 
+import simulate_hardware
 from edgecnn.checkpoint import load_checkpoint
 from edgecnn.deploy import c_source, cortex_m
 from edgecnn.deploy.integer import exact_logits
@@ -178,6 +179,12 @@ def test_trace_closed_form():
     assert cortex_m.layer_cycles(second, cortex_m.ASSUMPTIONS["_low"]) == 2
 
 
+@pytest.mark.parametrize("size, following, taken", [(2, 2, 0), (2, 4, 1), (4, 4, 0), (4, 2, 1)])
+def test_a_short_branch_over_one_instruction_is_taken(size, following, taken):
+    block = [cortex_m.Instruction(0x40, size, "cbz", "r2, #0x44")]
+    assert cortex_m.was_taken(block, 0x40 + following) == taken
+
+
 @pytest.mark.parametrize(
     "mnemonic, operands, branch",
     [
@@ -193,6 +200,19 @@ def test_trace_closed_form():
 )
 def test_branches_are_told_from_the_rest(mnemonic, operands, branch):
     assert cortex_m.is_branch(mnemonic, operands) is branch
+
+
+@needs_emulator
+def test_a_program_larger_than_the_emulated_board_is_not_measured(capsys):
+    nodes = (
+        conv("layer", INPUT, 16, (3, 3), padding=(1, 1)),
+        Node("mean", "global_avg_pool", ("layer",)),
+        Node("logits", "flatten", ("mean",)),
+    )
+    graph = Graph((3, 600, 600), nodes)
+    checkpoint = random_checkpoint(graph)
+    assert simulate_hardware.cortex_m(checkpoint, torch.zeros(1, 3, 600, 600)) == {}
+    assert "not measured: the program does not fit the emulated mps2" in capsys.readouterr().out
 
 
 def test_missing_tools_are_not_measured(monkeypatch):

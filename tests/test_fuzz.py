@@ -5,6 +5,7 @@ import copy as copying
 import io
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from edgecnn.deploy.plan import planned
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.figures import layers_of
 from edgecnn.files import read_table
+from edgecnn.graph import from_plain, to_plain
 from edgecnn.hardware import read_break_even, with_hardware
 from edgecnn.quantized import int8_module
 from edgecnn.tables import blocks
@@ -115,6 +117,7 @@ def survives(capsys, folder, use) -> bool:
 def use_checkpoint(path) -> None:
     """What the steps do with a file: load it, build and run its network, lay it out for C."""
     checkpoint = load_checkpoint(path)
+    assert to_plain(from_plain(checkpoint["graph"])) == checkpoint["graph"]
     origin = checkpoint["provenance"]
     assert " ".join(f"{k}={v}" for k, v in origin["arguments"].items()).isprintable()
     assert origin["method"].partition("_") and origin["seed"] >= 0
@@ -138,10 +141,12 @@ def parts(checkpoint: dict, chance: random.Random) -> list:
     return found
 
 
-@pytest.mark.parametrize("name", ["baseline_fp32", "baseline_int8", "pruned_95_energy_int8"])
+@pytest.mark.parametrize(
+    "name", ["reference/baseline_fp32", "reference/pruned_95_energy_int8", "resnet8/baseline_int8"]
+)
 def test_mutated_values_of_a_checkpoint(tmp_path, capsys, name):
-    original = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
-    chance, path, kept = random.Random(name), tmp_path / f"{name}.pt", 0
+    original = torch.load(REFERENCE.parent / f"{name}.pt", weights_only=True)
+    chance, path, kept = random.Random(name), tmp_path / Path(name).with_suffix(".pt").name, 0
     for _ in range(150):
         checkpoint = copying.deepcopy(original)
         pool = chance.choice((NODES, PLAIN + NODES + TENSORS))

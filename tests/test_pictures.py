@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,23 @@ def test_pictures_are_decoded_once_and_again_when_a_file_changes(folder, monkeyp
     with pytest.raises(UserError, match="not what this run was trained on"):
         data.reload_training(first, "cache")
     assert data.reload_training(second, "cache")[0][0].shape == (13, *SIZE)
+
+
+def test_pictures_are_the_same_until_one_is_added_removed_or_another(folder, archive):
+    both = [data.picture_digests("my_images", split) for split in ("train", "test")]
+    shutil.copytree(folder, folder.with_name("again"))  # with other times of change
+    assert [data.picture_digests("again", split) for split in ("train", "test")] == both
+    write_folder(folder / "test", {"more": 1})
+    (folder / "test/more/0.png").rename(folder / "test/cat/99.png")
+    (folder / "test/more").rmdir()
+    assert data.picture_digests("my_images", "train") == both[0]
+    assert data.picture_digests("my_images", "test").keys() == both[1].keys()
+    assert data.picture_digests("my_images", "test") != both[1]
+    split = data.picture_digests(archive(), "test")
+    assert data.picture_digests(archive(x_train=noise(20, seed=5)), "test") == split
+    assert data.picture_digests(archive(x_test=noise(6, seed=5)), "test") != split
+    assert data.picture_digests("not_here", "test") == {"test pictures": ""}
+    assert data.picture_digests("cifar10", "test") == {}
 
 
 def test_hidden_files_and_what_windows_leaves_are_passed_over(folder):

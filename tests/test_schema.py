@@ -170,7 +170,7 @@ WRONG = {
     "a name of torch's": (FP32, put(*NODES, "fc2", "name", "forward"), "has a use for the name"),
     "int8, torch's name": (INT8, put(*NODES, "fc2", "name", "training"), "has a use for the name"),
     "option extra": (FP32, put(*NODES, 0, "options", "dilation", [2, 2]), "its options are not"),
-    "option text": (FP32, put(*NODES, 0, "options", "kernel", "33"), "kernel is not a pair"),
+    "option text": (FP32, put(*NODES, 0, "options", "kernel", "33"), "not two whole numbers"),
     "groups": (FP32, put(*NODES, "block2.conv", "options", "groups", 2), "groups 2 is neither"),
     "depthwise": (FP32, put(*NODES, 0, "options", "groups", 3), "no multiple of its groups"),
     "norm behind a ReLU": (
@@ -317,7 +317,7 @@ BOMBS = {
     ),
     "tensor beside": (FP32, put("more", [torch.zeros(2_000_000)]), "of type Tensor"),
     "shared lists": (FP32, shared_lists, "nested too deeply"),
-    "huge outputs": (FP32, conv_of(outputs=10**9), "outputs is not a count"),
+    "huge outputs": (FP32, conv_of(outputs=10**9), "not a whole number from 1"),
     "many outputs": (FP32, conv_of(outputs=65_536), "output is too large"),
     "wide padding": (FP32, conv_of(padding=[60_000, 60_000], stride=[60_000] * 2), "padded input"),
     "large kernel": (

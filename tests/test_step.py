@@ -22,10 +22,19 @@ def make(workdir):
     """Make a step's result from in.txt where it does not stand: whether it was made."""
     (workdir / "in.txt").write_text("1")
 
-    def run(folder="results", code="a", force=False, files=OUTPUTS, parents=("in.txt",), **given):
+    def run(
+        folder="results",
+        code="a",
+        force=False,
+        files=OUTPUTS,
+        parents=("in.txt",),
+        pictures=None,
+        **given,
+    ):
         given = given or {"images": 20, "smoke": False}
         paths = [Path(name) for name in parents]
         step = results_step(Path(folder), "show", {"show.py": code}, given, paths, files, force)
+        step.pictures = pictures or {}
         if step.kept():
             return False
         contents = [f"{[p.read_text() for p in paths]} {name}".encode() for name in files]
@@ -46,6 +55,14 @@ def test_a_result_stands_until_something_that_made_it_changes(make, workdir, cap
     assert make(code="b", force=True)
     assert make(code="b", parents=("in.txt", "results/table.md"))
     assert make(code="b")  # one parent fewer is a change too
+
+
+def test_other_pictures_are_noticed_and_absent_ones_are_not(make, capsys):
+    assert make() and not make(pictures={"test pictures": "1"})  # an older record has none
+    assert make(pictures={"test pictures": "1"}, force=True)
+    assert not make(pictures={"test pictures": "1"}) and not make(pictures={"test pictures": ""})
+    assert make(pictures={"test pictures": "2"})
+    assert "making results/figures.json anew: test pictures changed\n" in capsys.readouterr().out
 
 
 def test_parents_of_one_name_are_told_apart(workdir):

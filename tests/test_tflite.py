@@ -13,12 +13,12 @@ from narrow import (
     linear,
     max_pool,
     quantized,
-    random_images,
     read_out,
 )
 
 from edgecnn.capture import capture
 from edgecnn.deploy.integer import exact_logits
+from edgecnn.deploy.parity import operator_differences
 from edgecnn.deploy.tflite import (
     MAX_BIAS,
     integer_bias,
@@ -29,9 +29,7 @@ from edgecnn.deploy.tflite import (
     write_tflite,
 )
 from edgecnn.errors import UserError
-from edgecnn.graph import ACTIVATED, from_plain
 from edgecnn.networks import NETWORKS
-from edgecnn.quantized import int8_module, integer_logits
 from edgecnn.rewrite import deployed
 
 # The operators in front of the read-out's FULLY_CONNECTED.
@@ -72,12 +70,12 @@ MIXED = graph_of(
 )
 
 
-def difference(checkpoint: dict) -> np.ndarray:
-    """|tflite-micro's logits - the exact ones|, on images that do not all give the same."""
-    images = device_images(checkpoint)
-    logits, arena_bytes = run_tflite(write_tflite(checkpoint, "net"), images)
-    assert arena_bytes > 0 and not (logits == logits[0]).all()
-    return np.abs(logits.astype(int) - exact_logits(checkpoint, images).numpy())
+def wrong_operators(checkpoint: dict) -> dict:
+    """The operators of its file that differ from exact integers by more than rounding explains."""
+    data = write_tflite(checkpoint, "net")
+    found = operator_differences(checkpoint, data, device_images(checkpoint))
+    assert len(found) > 1
+    return {name: pair for name, pair in found.items() if pair[0] > pair[1]}
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def test_logits_that_are_no_linear_layer_are_reshaped():
     graph = graph_of((2, 6, 6), conv(4, 3), ("global_avg_pool", {}), ("flatten", {}))
     checkpoint = quantized(graph)
     assert operators(write_tflite(checkpoint, "net"))[-1] == "RESHAPE"
-    assert difference(checkpoint).max() <= 1
+    assert wrong_operators(checkpoint) == {}
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -184,22 +182,12 @@ def test_every_operation_under_tflite_micro(name):
     checkpoint = read_out(GRAPHS[name], seed=2)
     expected = [*OPERATORS[name].split(), "FULLY_CONNECTED"]
     assert operators(write_tflite(checkpoint, "net")) == expected
-    found = difference(checkpoint)
-    roundings = sum(node.op in ACTIVATED for node in GRAPHS[name].nodes)  # each of another's
-    assert found.max() <= (1 if roundings <= 1 else 3) and (found > 0).mean() <= 0.06
+    assert wrong_operators(checkpoint) == {}
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mixed_nets_run_as_in_torch(seed):
-    checkpoint = quantized(MIXED, seed=seed)
-    images = device_images(checkpoint)
-    logits, _ = run_tflite(write_tflite(checkpoint, "net"), images)
-    own = checkpoint["quantization"]["activations"]["input"]
-    real = (images.float() + 128 - own["zero_point"]) * own["scale"]
-    theirs = integer_logits(int8_module(checkpoint), real).numpy()
-    assert not (logits == logits[0]).all()
-    assert np.abs(logits.astype(int) - theirs).max() <= 3
-    assert difference(checkpoint).max() <= 3
+def test_mixed_nets_under_tflite_micro(seed):
+    assert wrong_operators(quantized(MIXED, seed=seed)) == {}
 
 
 NETS = {name: (shipped.make, *shipped[1:]) for name, shipped in NETWORKS.items()}
@@ -209,24 +197,15 @@ NETS |= {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_whole_networks_run_as_in_torch(name):
-    """Random weights, batch norms that know the images; bars of few steps hold at this depth."""
+def test_whole_networks_under_tflite_micro(name):
+    """Random weights, batch norms that know the images."""
     make, shape, classes = NETS[name]
     torch.manual_seed(0)
     module = make(classes, shape).train()
     with torch.no_grad():
         for _ in range(20):
             module(torch.randn(8, *shape))
-    checkpoint = quantized(*deployed(*capture(module, shape)))
-    images = device_images(checkpoint)
-    logits, arena_bytes = run_tflite(write_tflite(checkpoint, name), images)
-    assert arena_bytes > 0 and not (logits == logits[0]).all()
-    real = random_images(from_plain(checkpoint["graph"]))
-    theirs = integer_logits(int8_module(checkpoint), real).numpy()
-    exact = exact_logits(checkpoint, images).numpy()
-    for reference in (theirs, exact):
-        steps = np.abs(logits.astype(int) - reference)
-        assert steps.max() <= 5 and (steps > 1).mean() <= 0.2
+    assert wrong_operators(quantized(*deployed(*capture(module, shape)))) == {}
 
 
 @pytest.mark.parametrize(("value", "scale"), [(127, 1e-4), (-127, 1e-4), (0, 0.02)])
@@ -246,17 +225,6 @@ def test_saturated_and_empty_layers(value, scale):
         assert np.abs(logits - bias.clip(-128, 127)).max() <= 1
     elif value > 0:
         assert logits.max() == 127
-
-
-@pytest.mark.parametrize("layer", ["n0", "n1", "n2", "n7", "n8"])
-def test_every_layers_weights_reach_the_output(layer):
-    """Halving one layer changes the file's logits just as it changes the exact ones."""
-    checkpoint = quantized(MIXED)
-    images = device_images(checkpoint)
-    before = exact_logits(checkpoint, images)
-    checkpoint["tensors"][f"{layer}.weight"] //= 2
-    assert (before != exact_logits(checkpoint, images)).any()
-    assert difference(checkpoint).max() <= 3
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -79,11 +79,15 @@ M7 = Board("mps2-an500", "mps2_an500.ld", M7_FLAGS)
 STM32F405 = Board("netduinoplus2", "stm32f405.ld", M4_FLAGS)
 
 
-class NotInstalled(Exception):
-    """The cross-compiler or the emulator is missing: report "not measured", with this reason."""
+class NotMeasured(Exception):
+    """There is no figure, and the message says why: report "not measured"."""
 
 
-class DoesNotFit(Exception):
+class NotInstalled(NotMeasured):
+    """The cross-compiler or the emulator is missing."""
+
+
+class DoesNotFit(NotMeasured):
     """The program is larger than the board's memories."""
 
 
@@ -141,7 +145,7 @@ def link(objects: list[Path], board: Board) -> Path:
         run_compiler([*command, "-o", str(program)], INSTALL)
     except UserError as error:
         if "will not fit in region" in str(error):
-            raise DoesNotFit(f"the program does not fit {board.machine}") from None
+            raise DoesNotFit(f"the program does not fit the emulated {board.machine}") from None
         raise
     return program
 
@@ -209,7 +213,17 @@ def run(board: Board, program: Path, images: torch.Tensor) -> dict:
 
 # ---- counting every instruction ----------------------------------------------------------------
 
-Block = list[tuple[int, str, str]]  # (address, mnemonic, operands)
+
+class Instruction(NamedTuple):
+    """One line of the disassembly."""
+
+    address: int
+    size: int  # in bytes
+    mnemonic: str
+    operands: str
+
+
+Block = list[Instruction]
 Layer = list[tuple[Block, int, int]]  # (block, address that ran after it, times)
 
 
@@ -224,14 +238,16 @@ def read_trace(lines) -> list[Layer]:
     previous, was_infer, kernels = None, False, 0
     for line in lines:
         if line.startswith("0x"):
-            address, words = int(line[:10], 16), line[23:].split(None, 1)
-            block.append((address, words[0], words[1].strip() if len(words) > 1 else ""))
+            words = line[23:].split(None, 1)
+            operands = words[1].strip() if len(words) > 1 else ""
+            size = 2 * len(line[11:23].split())  # of halfwords, as `f000 f806`
+            block.append(Instruction(int(line[:10], 16), size, words[0], operands))
         elif line.startswith("Trace"):
             if line not in seen:
                 _, pc, rest = line.split("/", 2)
                 seen[line] = int(pc, 16), rest.rpartition(" ")[2].strip()
             if block:
-                blocks[block[0][0]], block = block, []
+                blocks[block[0].address], block = block, []
             pc, symbol = seen[line]
             is_infer = symbol == "infer"
             if previous is None and not is_infer:
@@ -311,7 +327,7 @@ def block_cycles(block: Block, taken: bool, assumption: Assumption) -> int:
     processor instructions", 3.3.2 "Load/store timings", and section 7.2.3, the FPU's table.
     """
     cycles, after_single = 0, False
-    for mnemonic, operands in ((m, o) for _, m, o in block):
+    for _, _, mnemonic, operands in block:
         what, count = kind(mnemonic, operands), transfers(mnemonic, operands)
         single = what in ("load", "store") and count is None
         if single:
@@ -334,18 +350,17 @@ def block_cycles(block: Block, taken: bool, assumption: Assumption) -> int:
 
 def was_taken(block: Block, following: int) -> bool:
     """Whether a block ended in a branch that was taken; `following`: the block that ran next."""
-    address, mnemonic, operands = block[-1]
-    # A halfword or a word further on is where the next instruction lies.
-    return is_branch(mnemonic, operands) and following - address not in (2, 4)
+    address, size, mnemonic, operands = block[-1]
+    return is_branch(mnemonic, operands) and following != address + size
 
 
 def instruction_classes(layer: Layer) -> Counter:
     """{class: instructions executed} of one layer; branches are told apart by whether taken."""
     classes = Counter()
     for block, following, times in layer:
-        for _, mnemonic, operands in block[:-1]:
+        for _, _, mnemonic, operands in block[:-1]:
             classes[kind(mnemonic, operands)] += times
-        what = kind(*block[-1][1:])
+        what = kind(block[-1].mnemonic, block[-1].operands)
         if what == "branch":
             what += "_taken" if was_taken(block, following) else "_not_taken"
         classes[what] += times
@@ -394,7 +409,8 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balance
 
     images: int8 (N, C, H, W) as the network takes them; the first one's inference is counted. The
     logits of all are in `m4_logits`, for the host's to be compared with; the M7's count is to within
-    a tick of 40. Raises NotInstalled where a tool is missing, UserError where one fails or hangs.
+    a tick of 40. Raises NotMeasured where a tool is missing or the program is larger than the board,
+    UserError where a tool fails or hangs, and where the M7 gives another logit.
     """
     require_tools()
     source = c_source(checkpoint, storage)
@@ -405,7 +421,9 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balance
         ran, layers = count_layers(M4, program, images)
         on_stm32f405 = fits(objects, STM32F405)
         m7 = link(compile_objects(source, M7, Path(folder)), M7)
-        m7_ticks = run(M7, m7, images[:1])["ticks"]
+        m7_ran = run(M7, m7, images[:1])
+    if not torch.equal(m7_ran["logits"], ran["logits"][:1]):
+        raise UserError("the emulated Cortex-M7 gives other logits than the M4; check the compiler")
     counts = instructions_by_node(source, layers)
     row = {
         "m4_instructions": sum(counts.values()),
@@ -414,7 +432,7 @@ def cortex_m_row(checkpoint: dict, images: torch.Tensor, storage: str = "balance
         "m4_kernels": {step.node: step.kernel for step in source.plan.steps},
         "m4_flash_bytes": sizes[".text"] + sizes[".data"],
         "m4_ram_bytes": sizes[".data"] + sizes[".bss"] + ran["stack_bytes"],
-        "m7_instructions": INSTRUCTIONS_A_TICK * m7_ticks,
+        "m7_instructions": INSTRUCTIONS_A_TICK * m7_ran["ticks"],
         "stm32f405_fits": on_stm32f405,
     }
     reads = [step.weight_bytes_read for step in source.plan.steps]

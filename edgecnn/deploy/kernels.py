@@ -109,10 +109,11 @@ class Geometry(NamedTuple):
     def first_byte(self, position: tuple[int, int]) -> int:
         """The first byte of the input that an output position (row, column) or a later one reads.
 
-        Later rows of a window reach further left than the position itself, except where it is 1x1.
+        Later rows of a window, and of a padded map, reach further left than the position itself.
         """
         row = max(position[0] * self.stride_y - self.pad_y, 0)
-        column = position[1] * self.stride_x if self.taps == 1 and not self.pad_x else 0
+        exact = self.taps == 1 and not (self.pad_y or self.pad_x)
+        column = position[1] * self.stride_x if exact else 0
         return (row * self.width + column) * self.inputs
 
 
@@ -361,7 +362,6 @@ def linear_choices(weight: np.ndarray) -> list[Stored]:
 
 # ---- the choice --------------------------------------------------------------------------------
 
-STORAGES = ("balanced", "fastest", "dense", "sparse")
 ROUNDS = 4  # of weighing instructions against bytes; two settle it
 
 
