@@ -46,6 +46,14 @@ def smoke(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The C kernels alone, built on this machine as for a network."""
+    from edgecnn.deploy.c_source import compile_host
+
+    return compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
+
+
 @pytest.fixture
 def copy(smoke, workdir):
     """A copy of the smoke chain's files that a test may spoil."""

@@ -25,12 +25,6 @@ from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Node
 from edgecnn.networks import NETWORKS
 
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return c_source.compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
-
-
 # ---- the integers --------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """The emulated Cortex-M: its integers, its exact counts, and the bars that the networks keep."""
 
+import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from conftest import REPOSITORY
 from deploying import conv, deployed_network, random_checkpoint, random_images
 
 import simulate_hardware
+from benchmarks import kernel_costs
+from benchmarks.kernel_costs import LAYERS, Layer, checkpoint_of
 from edgecnn.checkpoint import load_checkpoint
-from edgecnn.deploy import c_source, cortex_m
+from edgecnn.deploy import c_source, cortex_m, kernels
 from edgecnn.deploy.integer import exact_logits
+from edgecnn.deploy.plan import planned
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Graph, Node
 
@@ -123,6 +128,35 @@ def test_what_exceeds_the_flash_does_not_fit(tmp_path):
         objects = cortex_m.compile_objects(source._replace(code=code), cortex_m.M4, tmp_path)
         assert cortex_m.fits(objects, cortex_m.STM32F405) is fits
     assert images.shape[1:] == (1, 49, 10)
+
+
+COSTS = json.loads(kernels.COSTS.read_text())
+
+
+def test_estimates_are_those_of_the_committed_costs_and_near_what_was_counted():
+    for row in COSTS["layers"]:
+        checkpoint = checkpoint_of(Layer(**row["layer"]))
+        (step,) = (s for s in planned(checkpoint, row["kernel"]).steps if s.node == "layer")
+        costs = COSTS["instructions"][row["kernel"]]
+        estimated = sum(costs[key] * times for key, times in step.features.items())
+        assert step.kernel == row["kernel"] and round(estimated) == row["estimated"]
+        assert estimated == pytest.approx(row["instructions"], rel=0.03), row
+
+
+@needs_emulator
+def test_kernels_cost_what_was_counted(tmp_path):
+    """The cheapest layer of each kernel and the kernels' code, counted anew."""
+    same_tools = COSTS | cortex_m.tool_versions() == COSTS
+    near = partial(pytest.approx, rel=0 if same_tools else 0.1)
+    files = [c_source.FIRMWARE / file for file in c_source.KERNELS]
+    objects = cortex_m.compile_files(files, cortex_m.M4, tmp_path)
+    assert kernel_costs.code_bytes(objects) == near(COSTS["code_bytes"])
+    for kernel in LAYERS:
+        rows = [row for row in COSTS["layers"] if row["kernel"] == kernel]
+        least = min(rows, key=lambda row: row["instructions"])
+        checkpoint = checkpoint_of(Layer(**least["layer"]))
+        found = kernel_costs.counted(checkpoint, kernel, objects, tmp_path)[1]
+        assert found == near(least["instructions"]), kernel
 
 
 LOG = """\

@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 from deploying import conv, differing_step, ended, random_checkpoint, random_images
 
-from edgecnn.deploy import c_source, kernels
+from edgecnn.deploy import kernels
 from edgecnn.deploy.integer import exact_values
 from edgecnn.deploy.plan import planned
 from edgecnn.graph import INPUT, Graph, Node
 
 DENSE = ("conv_direct", "conv_winograd")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """The kernels alone, built as for a network."""
-    return c_source.compile_host([], tmp_path_factory.mktemp("kernels") / "kernels.so")
 
 
 def pool(source, kernel=(2, 2), stride=(2, 2), padding=(0, 0), name="pool"):
