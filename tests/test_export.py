@@ -52,8 +52,8 @@ def test_parity_figures():
     ours = np.array([[3, 3, 0], [0, 4, 1], [127, 0, 1]], np.int8)
     figures = export_edge.compare_logits(theirs, ours, np.array([0, 1, 2]))
     assert figures["differing_images"] == 1 and figures["max_difference_lsb"] == 255
-    assert figures["correct_images"] == 3 and figures["torch_correct_images"] == 2
-    assert figures["agreement_percent"] == 66.6667 and figures["equal_logits_percent"] == 77.7778
+    assert figures["accuracy_percent"] == 100 and figures["torch_accuracy_percent"] == 66.6667
+    assert figures["agreement_percent"] == 66.6667
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -139,38 +139,30 @@ def conv_step(n: IntegerNode, g: Geometry, fused, flip: bool, stored: Stored) ->
         (residual,) = (i for i in fused.node.inputs if i != name)
         add = add_scales(fused, name)
         inputs, over = (source, residual), (residual,) if residual != source else ()
+    return stored_step(stored, name, inputs, output, members, constants, over=over, add=add)
+
+
+def linear_step(n: IntegerNode, stored: Stored) -> Step:
+    requantize, constants = requantizer(n)
+    (outputs, inputs), name = n.weight.shape, n.node.name
+    members = {"inputs": inputs, "outputs": outputs, "requantize": requantize}
+    over = n.node.inputs if stored.in_place else ()
+    return stored_step(stored, name, n.node.inputs, name, members, constants, over=over)
+
+
+def stored_step(stored: Stored, node, inputs, output, members, constants, **more) -> Step:
+    """The step of a conv or linear as `stored`; constants: arrays beside its weights."""
     return Step(
-        name,
+        node,
         stored.kernel,
         inputs,
         output,
         members,
         stored.arrays | constants,
-        add,
-        stored.scratch_bytes,
-        over,
-        stored.weight_bytes_read,
-        stored.features,
-    )
-
-
-def linear_step(n: IntegerNode, stored: Stored) -> Step:
-    requantize, constants = requantizer(n)
-    outputs, inputs = n.weight.shape
-    members = {"inputs": inputs, "outputs": outputs, "requantize": requantize}
-    arrays, over = stored.arrays | constants, n.node.inputs if stored.in_place else ()
-    return Step(
-        n.node.name,
-        stored.kernel,
-        n.node.inputs,
-        n.node.name,
-        members,
-        arrays,
-        None,
-        stored.scratch_bytes,
-        over,
-        stored.weight_bytes_read,
-        stored.features,
+        scratch_bytes=stored.scratch_bytes,
+        weight_bytes_read=stored.weight_bytes_read,
+        features=stored.features,
+        **more,
     )
 
 
