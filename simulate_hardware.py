@@ -185,7 +185,10 @@ def hardware_step(args, folder: Path, paths: list[Path]) -> Step:
     code = source_digests("simulate_hardware.py", "firmware/*.[chl]*") | tools()
     edge = [folder / EDGE / f"{path.stem}{kind}" for path in paths for kind in (".tflite", ".json")]
     parents = paths[:1] if args.break_even else [*paths, *(path for path in edge if path.exists())]
-    return results_step(folder, name, code, arguments, parents, (f"{name}.json",), args.force)
+    record = (
+        f"{name}_figures" if args.break_even else name
+    )  # its picture's record has the bare name
+    return results_step(folder, record, code, arguments, parents, (f"{name}.json",), args.force)
 
 
 @user_errors_exit_2

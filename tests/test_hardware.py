@@ -114,6 +114,15 @@ def test_a_missing_tool_is_not_measured_and_nothing_else_is_lost(exported, monke
     assert "not measured, no picture" in capsys.readouterr().out
 
 
+def test_the_break_even_figures_and_their_picture_are_both_kept(exported, monkeypatch, capsys):
+    rows = read_json(REFERENCE / "break_even.json", "")
+    monkeypatch.setattr(simulate_hardware, "break_even", lambda *_: rows)
+    for kept in (0, 2):
+        run_main("simulate_hardware", "--smoke", "--break-even")
+        run_main("plot_pareto", "--smoke", "--break-even")
+        assert capsys.readouterr().out.count("kept: results/smoke/break_even.") == kept
+
+
 @pytest.mark.parametrize("text", ["[1]", "[{}]", "null", '{"a": 1}', ""])
 def test_a_malformed_hardware_json_is_refused_before_any_work(copy, capsys, text):
     (copy / "results/smoke/hardware.json").write_text(text)
