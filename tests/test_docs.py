@@ -14,7 +14,10 @@ from edgecnn.files import sha256
 from edgecnn.front import front_table, read_runs
 
 # A figure and its comment: `93.4<!-- headline/pruned_93_energy_int8.m4_flash_bytes /1024 -->`.
-TRACE = re.compile(r"([-+−]?\d[\d,]*(?:\.\d+)?)<!-- ([\w/-]+)\.([\w.-]+)(?: ([*/][\d.e]+))? -->")
+TRACE = re.compile(
+    r"([-+−]?\d[\d,]*(?:\.\d+)?)<!-- "
+    r"([\w/-]+(?:\.\d+_[\w-]+)?)\.([\w.-]+)(?: ([*/][\d.e]+))? -->"  # pruned_83.5_energy_int8
+)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
