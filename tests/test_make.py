@@ -221,6 +221,12 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
     wide = ("--teacher", "checkpoints/wide/baseline_fp32.pt", "--epochs", 18, "--sparsity", 0)
     start = ("--checkpoint", "checkpoints/edgeresnet/control_fp32.pt")
     run_main("prune_finetune", "--run", "taught", *recipe[2:], *wide, *start)
+    zeros = ("--run", "taught", "--headline", "--weight-decay", 1e-4, *recipe[5:], *wide[:2])
+    zeros += ("--criterion", "energy", "--checkpoint")
+    level = "checkpoints/taught/control_fp32.pt", "--sparsity", 0.7, "--epochs", 8
+    run_main("prune_finetune", *zeros, *level)
+    level = "checkpoints/taught/pruned_70_energy_fp32.pt", "--sparsity", 0.835, "--epochs", 28
+    run_main("prune_finetune", *zeros, *level)
     taught = ("--run", "headline", "--headline")
     run_main("train_baseline", *taught)
     run_main("prune_finetune", *taught)
