@@ -26,10 +26,10 @@ from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
 from edgecnn.docs import TABLES, joined_files, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import MADE_BY, json_bytes, read_rows
+from edgecnn.files import json_bytes, read_rows
 from edgecnn.front import read_runs
 from edgecnn.hardware import read_hardware
-from edgecnn.names import results_dir
+from edgecnn.names import command, results_dir
 from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
 
@@ -217,7 +217,8 @@ def pick(runs: list[str], words: list[str]) -> None:
     for metrics in (results_dir(run) / "metrics.json" for run in runs):
         if there and not metrics.exists():
             known = " or ".join(there)
-            raise UserError(f"{metrics} is missing; run: {MADE_BY}, or give --run {known}")
+            made_by = command("evaluate", metrics.parent)
+            raise UserError(f"{metrics} is missing; run: {made_by}, or give --run {known}")
     fits, text = answer(read_runs(runs, {"size_bytes": (1, 1e15)}), limits)
     print(text)
     if not fits:

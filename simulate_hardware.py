@@ -39,7 +39,7 @@ from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, v
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import json_bytes, read_record, sha256
-from edgecnn.names import EDGE, results_dir, run_flag, run_of_results
+from edgecnn.names import EDGE, command, results_dir
 from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
 
@@ -62,7 +62,7 @@ def exported(folder: Path, name: str, digest: str) -> tuple[bytes | None, dict]:
     Without them None and nulls: not measured.
     """
     path, json_path = folder / f"{name}.tflite", folder / f"{name}.json"
-    made_by = f"python export_edge.py{run_flag(run_of_results(folder.parent))}"
+    made_by = command("export_edge", folder.parent)
     if path.exists() and json_path.exists():
         keys = ("checkpoint_sha256", "tflite_sha256", *FROM_EXPORT)
         result = read_record(json_path, made_by, dict.fromkeys(keys))
@@ -83,7 +83,7 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
     try:
         row = cortex_m_row(checkpoint, inputs)
     except NotMeasured as error:
-        print(f"Cortex-M: not measured: {error}")
+        print(f"{checkpoint['provenance']['variant']}, Cortex-M: not measured: {error}")
         return {}
     if row.pop("m4_logits") != host_logits(checkpoint, inputs).tolist():
         raise UserError(
@@ -122,17 +122,23 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
 
 
 def break_even(checkpoint: dict, images: torch.Tensor, accelerator: str) -> list[dict]:
-    """The rows of break_even.json; none where a tool is missing or a program too large."""
+    """The rows of break_even.json; none where a tool is missing, and of a program that fits alone."""
     try:
         require_tools()
         if not vela_installed():
             raise NotInstalled(
                 "ethos-u-vela not installed; pip install -r firmware/requirements.txt"
             )
-        return [break_even_row(checkpoint, share, images, accelerator) for share in ZEROS]
-    except NotMeasured as error:
+    except NotInstalled as error:
         print(f"break-even: not measured: {error}")
         return []
+    rows = []
+    for share in ZEROS:
+        try:
+            rows.append(break_even_row(checkpoint, share, images, accelerator))
+        except NotMeasured as error:  # with few zeros the sparse form is the larger one
+            print(f"break-even at {share:.0%} zeros: not measured: {error}")
+    return rows
 
 
 # ---- the step ----------------------------------------------------------------------------------

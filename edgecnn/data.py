@@ -192,14 +192,16 @@ def describe(dataset: DataSet, train: Split, validation: Split | None = None) ->
 def picture_digests(source: str, split: str) -> dict[str, str]:
     """What tells whether a user's own `train` or `test` pictures are the same, for Step.pictures.
 
-    No picture is opened. {} for shipped data, an empty text for a source that is not here. Raises
-    UserError for a folder that is laid out in no supported way.
+    No picture is opened. {} for shipped data; an empty text for a source that is not here or cannot
+    be used: whoever reads it will say what is wrong.
     """
-    path = Path(source)
     if source in ("cifar10", "sample"):
         return {}
-    digest = names_and_sizes if path.is_dir() else checksums
-    return {f"{split} pictures": digest(path, split)}
+    try:
+        digest = names_and_sizes if kind_of(source) == "folder" else checksums
+        return {f"{split} pictures": digest(Path(source), split)}
+    except (OSError, UserError):
+        return {f"{split} pictures": ""}
 
 
 def load_judging(dataset: DataSet, data_dir: Path, holdout: bool = False) -> tuple[Split, str]:

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from edgecnn.cells import KIB
 from edgecnn.compare import crossing
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY, read_table
+from edgecnn.files import read_table
 from edgecnn.labels import FONT
 from edgecnn.marks import GREY
+from edgecnn.names import command
 from edgecnn.records import MOST
 from edgecnn.text import picture_text
 
@@ -109,7 +110,7 @@ def layers_of(path: Path, variant: str) -> list[dict]:
     """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
     costs = {key: (0, MOST) for *_, parts in LAYER_PANELS for key, *_ in parts}
     needed = {"variant": None, "layer": None, "zeros_percent": (0, 100), **costs}
-    rows = read_table(path, MADE_BY, needed)
+    rows = read_table(path, command("evaluate", path.parent), needed)
     chosen = [row for row in rows if row["variant"] == variant]
     if not chosen:
         known = ", ".join(dict.fromkeys(row["variant"] for row in rows))

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from edgecnn.errors import UserError
-from edgecnn.names import criterion_name, run_flag, run_of_results
+from edgecnn.names import command, criterion_name
 from edgecnn.records import plain_problem, row_problem
 from edgecnn.text import is_name
 
@@ -166,7 +166,7 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
     needed, optional: key -> (low, high), between which its values must lie.
     """
     needed = {"variant": None, "accuracy_percent": (0, 100), **needed}
-    made_by = MADE_BY + run_flag(run_of_results(path.parent))
+    made_by = command("evaluate", path.parent)
     rows = read_table(path, made_by, needed, optional)
     if not rows:
         raise UserError(f"{path} is not a list of variants, or an empty one; run: {made_by}")

@@ -5,9 +5,9 @@ from pathlib import Path
 from edgecnn.budget import BOARDS
 from edgecnn.cells import KIB
 from edgecnn.files import read_table
+from edgecnn.names import command
 from edgecnn.records import MOST
 
-MADE_BY_HARDWARE = "python simulate_hardware.py"
 # The keys of hardware.json begin so; those of a checkpoint's own row never do.
 HARDWARE_KEYS = ("hardware_", "m4_", "m7_", "u55_", "u65_", "u85_", "stm32", "tflite_")
 BREAK_EVEN_KEYS = (
@@ -41,7 +41,8 @@ def stm32l4r5_energy_uj(row: dict) -> dict:
 def read_hardware(folder: Path) -> list[dict]:
     """The rows of the run's hardware.json, none without the file; raises UserError for other JSON."""
     path = folder / "hardware.json"
-    return read_table(path, MADE_BY_HARDWARE, {"checkpoint_sha256": None}) if path.exists() else []
+    made_by, needed = command("simulate_hardware", folder), {"checkpoint_sha256": None}
+    return read_table(path, made_by, needed) if path.exists() else []
 
 
 def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
@@ -64,4 +65,5 @@ def with_hardware(rows: list[dict], hardware: list[dict]) -> list[dict]:
 def read_break_even(folder: Path) -> list[dict]:
     """The rows of the run's break_even.json, its figures checked; raises UserError."""
     needed = dict.fromkeys(BREAK_EVEN_KEYS, (0, MOST)) | {"zeros_percent": (0, 100)}
-    return read_table(folder / "break_even.json", f"{MADE_BY_HARDWARE} --break-even", needed)
+    made_by = f"{command('simulate_hardware', folder)} --break-even"
+    return read_table(folder / "break_even.json", made_by, needed)

@@ -52,6 +52,11 @@ def run_flag(run: str) -> str:
     return f" --{run}" if run in ("smoke", "holdout") else f" --run {run}" * bool(run)
 
 
+def command(script: str, folder: Path) -> str:
+    """How a script makes what lies in a results folder: `python evaluate.py --run mine`."""
+    return f"python {script}.py{run_flag(run_of_results(folder))}"
+
+
 def method_name(structure: str, sparsity: float, parent: str) -> str:
     """`pruned_<percent>`, `channels_<percent>`, or `control` without pruning.
 

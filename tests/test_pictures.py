@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,10 +242,15 @@ def test_pictures_are_the_same_until_one_is_added_removed_or_another(folder, arc
     assert data.picture_digests("my_images", "train") == both[0]
     assert data.picture_digests("my_images", "test").keys() == both[1].keys()
     assert data.picture_digests("my_images", "test") != both[1]
-    split = data.picture_digests(archive(), "test")
-    assert data.picture_digests(archive(x_train=noise(20, seed=5)), "test") == split
-    assert data.picture_digests(archive(x_test=noise(6, seed=5)), "test") != split
-    assert data.picture_digests("not_here", "test") == {"test pictures": ""}
+    other = {"x_test": noise(6, seed=5)}, {"classes": np.array(["a", "b"])}, {}
+    trained, tested = (
+        [data.picture_digests(archive(**changes), split) for changes in other]
+        for split in ("train", "test")
+    )
+    assert trained[0] == trained[2] != trained[1] and tested[0] != tested[2] != tested[1]
+    Path("empty").mkdir()
+    for nothing in ("not_here", "empty", "x" * 400):
+        assert data.picture_digests(nothing, "test") == {"test pictures": ""}
     assert data.picture_digests("cifar10", "test") == {}
 
 
