@@ -244,9 +244,12 @@ def test_a_program_larger_than_the_emulated_board_is_not_measured(capsys):
         Node("logits", "flatten", ("mean",)),
     )
     graph = Graph((3, 600, 600), nodes)
-    checkpoint = random_checkpoint(graph)
+    checkpoint = random_checkpoint(graph) | {"provenance": {"variant": "large"}}
     assert simulate_hardware.cortex_m(checkpoint, torch.zeros(1, 3, 600, 600)) == {}
-    assert "not measured: the program does not fit the emulated mps2" in capsys.readouterr().out
+    assert (
+        "large, Cortex-M: not measured: the program does not fit the emulated mps2"
+        in capsys.readouterr().out
+    )
 
 
 def test_missing_tools_are_not_measured(monkeypatch):
