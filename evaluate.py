@@ -258,13 +258,10 @@ def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
 
     arguments = {"holdout": args.holdout, "smoke": args.smoke}
     parents = [*paths, *joined_files(folder)]
-    source, split = (
-        dataset_of(load_checkpoint(paths[0])).source,
-        "train" if args.holdout else "test",
-    )
+    source = dataset_of(load_checkpoint(paths[0])).source
     outputs, code = (*TABLES, "layers.json"), source_digests("evaluate.py")
     step = results_step(folder, "evaluate", code, arguments, parents, outputs, args.force)
-    step.pictures = picture_digests(source, split)
+    step.pictures = picture_digests(source, "train" if args.holdout else "test")
     return step
 
 

@@ -122,7 +122,7 @@ def break_even_row(checkpoint: dict, share: float, images: torch.Tensor, acceler
 
 
 def break_even(checkpoint: dict, images: torch.Tensor, accelerator: str) -> list[dict]:
-    """The rows of break_even.json; none where a tool is missing, and of a program that fits alone."""
+    """The rows of break_even.json: none without the tools, and none of a program that is too large."""
     try:
         require_tools()
         if not vela_installed():
@@ -191,9 +191,8 @@ def hardware_step(args, folder: Path, paths: list[Path]) -> Step:
     code = source_digests("simulate_hardware.py", "firmware/*.[chl]*") | tools()
     edge = [folder / EDGE / f"{path.stem}{kind}" for path in paths for kind in (".tflite", ".json")]
     parents = paths[:1] if args.break_even else [*paths, *(path for path in edge if path.exists())]
-    record = (
-        f"{name}_figures" if args.break_even else name
-    )  # its picture's record has the bare name
+    # The record of the picture has the bare name.
+    record = f"{name}_figures" if args.break_even else name
     return results_step(folder, record, code, arguments, parents, (f"{name}.json",), args.force)
 
 

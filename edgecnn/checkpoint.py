@@ -24,6 +24,7 @@ from edgecnn.module import module_of
 from edgecnn.names import (
     NAME_PATTERN,
     checkpoints_dir,
+    command,
     criterion_name,
     results_dir,
     run_flag,
@@ -108,15 +109,15 @@ def made_by(path: Path) -> str | None:
     if name is None:
         return None
     if name["method"] == "baseline":
-        command = "python train_baseline.py"
+        made = "python train_baseline.py"
     else:
-        command = f"python prune_finetune.py {pruning_flags(path, name)}"
-    command += f" --seed {name['seed']}" if name["seed"] else ""
-    command += run_flag(run_of_checkpoint(path) or "")
+        made = f"python prune_finetune.py {pruning_flags(path, name)}"
+    made += f" --seed {name['seed']}" if name["seed"] else ""
+    made += run_flag(run_of_checkpoint(path) or "")
     if name["precision"] == "int8":
         parent = path.with_name(path.name.removesuffix("_int8.pt") + "_fp32.pt")
         return f"python quantize.py --checkpoint {parent}"
-    return command
+    return made
 
 
 def pruning_flags(path: Path, name: re.Match) -> str:
@@ -161,8 +162,8 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
     path = Path(path)
     if not is_name(path.stem):
         raise UserError(f"{str(path)!a} is no name for a table; rename the file")
-    command = made_by(path)
-    again = f"make it again with: {command}" if command else READS
+    made = made_by(path)
+    again = f"make it again with: {made}" if made else READS
     if not path.is_file():
         raise UserError(f"{path} is missing, or no file; {again.replace('again ', '')}")
 
@@ -220,8 +221,8 @@ def find_checkpoints(run: str) -> list[Path]:
     paths = [path for path in sorted(folder.glob("*.pt")) if not path.stem.endswith(".resume")]
     paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
     if not paths:
-        command = f"python train_baseline.py{run_flag(run)}"
-        raise UserError(f"no checkpoint in {folder}; make one with: {command}")
+        made_by = command("train_baseline", results_dir(run))
+        raise UserError(f"no checkpoint in {folder}; make one with: {made_by}")
     for path in paths:
         if not is_name(path.stem):
             raise UserError(f"{str(path)!a} cannot be shown in a table; rename the file")
@@ -233,8 +234,8 @@ def int8_of_lowest_seed(run: str) -> dict[Path, dict]:
     checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
     found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
     if not found:
-        command = f"python quantize.py{run_flag(run)}"
-        raise UserError(f"this run has no int8 checkpoint; make one with: {command}")
+        made_by = command("quantize", results_dir(run))
+        raise UserError(f"this run has no int8 checkpoint; make one with: {made_by}")
     first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
     return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
 

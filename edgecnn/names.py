@@ -53,7 +53,7 @@ def run_flag(run: str) -> str:
 
 
 def command(script: str, folder: Path) -> str:
-    """How a script makes what lies in a results folder: `python evaluate.py --run mine`."""
+    """A script as typed for the run of a results folder: `python evaluate.py --run mine`."""
     return f"python {script}.py{run_flag(run_of_results(folder))}"
 
 
