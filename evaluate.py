@@ -1,6 +1,7 @@
 """Step 4: the tables: accuracy on the test images, bytes, MACs, energy of every variant.
 
 Reads   checkpoints/*.pt (or the files given), the test images, results/hardware.json
+        results/metrics.json: variants whose checkpoints are on another machine stay as measured
 Writes  results/metrics.json (with hardware.json's figures of the very same checkpoints)
         results/table.md (the short tables)  results/table_all.md (every variant)
         results/layers.json (where weights, MACs and energy sit in each)
@@ -24,14 +25,17 @@ from typing import TYPE_CHECKING
 from edgecnn.budget import HELP, answer, parse_budget
 from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
-from edgecnn.docs import TABLES, joined_files, render, table_files
+from edgecnn.docs import NEEDED, TABLES, joined_files, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import json_bytes, read_rows
+from edgecnn.files import json_bytes, read_rows, read_table
 from edgecnn.front import read_runs
 from edgecnn.hardware import read_hardware
 from edgecnn.names import command, results_dir
 from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
+
+# What a row that stays is compared by, besides docs.NEEDED.
+LINEAGE = dict.fromkeys(("test_set", "test_images", "parent", "parent_sha256", "checkpoint_sha256"))
 
 # What needs torch is imported where it is used: --budget and --docs have to answer at once.
 if TYPE_CHECKING:
@@ -193,21 +197,18 @@ def parse_arguments():
     return args
 
 
-def require_complete(paths: list[Path], metrics: Path) -> None:
-    """Raise UserError where writing `metrics` would lose a variant whose checkpoint is not here."""
-    if not metrics.exists():
-        return
-    names = {path.stem for path in paths}
+def rows_before(path: Path, read, *arguments) -> list[dict]:
+    """What `read` finds in an earlier metrics.json or layers.json, none without it."""
     try:
-        rows = read_rows(metrics, {})
+        return read(path, *arguments) if path.exists() else []
     except UserError:
-        raise UserError(f"{metrics} is damaged; delete {metrics} to make it anew") from None
-    lost = [r["variant"] for r in rows if r["variant"] not in names]
-    if lost:
-        raise UserError(
-            f"{metrics} has {', '.join(lost)}, whose checkpoints are not here: make them again, "
-            f"or delete {metrics.name} to do without them"
-        )
+        raise UserError(f"{path} is damaged; delete {path} to make it anew") from None
+
+
+def measured_elsewhere(rows: list[dict], paths: list[Path]) -> list[dict]:
+    """Those of the rows whose checkpoints are not here, and so stay as they are."""
+    here = {path.stem for path in paths}
+    return [row for row in rows if row["variant"] not in here]
 
 
 def pick(runs: list[str], words: list[str]) -> None:
@@ -225,8 +226,11 @@ def pick(runs: list[str], words: list[str]) -> None:
         sys.exit(1)
 
 
-def measure(paths: list[Path], args) -> list[dict]:
-    """The rows of metrics.json, in the tables' order. Raises UserError before any work."""
+def measure(paths: list[Path], args, before: list[dict] = ()) -> list[dict]:
+    """The rows of metrics.json, in the tables' order: `before` are those of the last one.
+
+    Raises UserError before any work.
+    """
     from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout
     from edgecnn.data import load_judging
     from edgecnn.train import pick_device
@@ -243,12 +247,21 @@ def measure(paths: list[Path], args) -> list[dict]:
         raise UserError("these checkpoints were trained on different data; give each its own --run")
     device = pick_device(args.device)
     data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
-    rows, hits = [], {}
+    rows, hits = measured_elsewhere(before, paths), {}
+    seen = test_set, len(data[1])
+    other = [row["variant"] for row in rows if (row["test_set"], row["test_images"]) != seen]
+    if other:
+        raise UserError(
+            f"{', '.join(other)} of metrics.json saw other images, and the checkpoints are not here: "
+            "copy them here, or delete metrics.json to do without them"
+        )
+    for row in rows:
+        print(f"{row['variant']}: {row['accuracy_percent']:.2f} %, as measured where its file is")
     for path in paths:
         row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
         rows.append(row)
         print(f"{path.stem}: {row['accuracy_percent']:.2f} % of {len(data[1]):,} images")
-    return sorted(compare(rows, hits), key=sort_key)
+    return sorted(compare(rows, hits, before), key=sort_key)
 
 
 def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
@@ -285,10 +298,13 @@ def main():
         return print(f"\n{accuracy_table(rows)}\n\n{cost_table(rows)}")
     step = evaluate_step(args, folder, paths)
     if not step.kept():
-        require_complete(paths, folder / "metrics.json")
+        before = rows_before(folder / "metrics.json", read_rows, NEEDED | LINEAGE)
+        layers = rows_before(folder / "layers.json", read_table, "", {"variant": None})
         hardware = read_hardware(folder)
-        contents = table_files(folder, measure(paths, args), hardware)
-        contents["layers.json"] = json_bytes([row for path in paths for row in layer_rows(path)])
+        contents = table_files(folder, measure(paths, args, before), hardware)
+        layers = measured_elsewhere(layers, paths)
+        layers += [row for path in paths for row in layer_rows(path)]
+        contents["layers.json"] = json_bytes(layers)
         step.commit({folder / name: content for name, content in contents.items()})
     print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
 

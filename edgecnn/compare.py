@@ -87,20 +87,24 @@ def group(row: dict) -> str:
     return row["variant"].replace(f"_seed{row['seed']}_", "_")
 
 
-def held_against(row: dict, other: dict | None, name: str, hits: dict[str, list[bool]]) -> dict:
-    """What `row` gains and loses against `other` on the same images; None without the other."""
-    change = gained = lost = p = None
-    if other is not None:
+def held_against(
+    row: dict, other: dict | None, name: str, hits: dict[str, list[bool]], last: dict[str, dict]
+) -> dict:
+    """What `row` gains and loses against `other` on the same images; None without the other.
+
+    last: variant -> its row of the last metrics.json, which has it of files that are not here now.
+    """
+    pair = [] if other is None else [row, other]
+    keys = (CHANGE_KEYS[name], *(f"images_{what}_vs_{name}" for what in ("gained", "lost")))
+    keys += (f"mcnemar_p_vs_{name}",)
+    if pair and all(r["variant"] in hits for r in pair):
+        both = list(zip(*(hits[r["variant"]] for r in pair), strict=True))
+        gained, lost = both.count((True, False)), both.count((False, True))
         change = round(row["accuracy_percent"] - other["accuracy_percent"], 4)
-        pairs = list(zip(hits[row["variant"]], hits[other["variant"]], strict=True))
-        gained, lost = pairs.count((True, False)), pairs.count((False, True))
-        p = mcnemar_p(gained, lost)
-    return {
-        CHANGE_KEYS[name]: change,
-        f"images_gained_vs_{name}": gained,
-        f"images_lost_vs_{name}": lost,
-        f"mcnemar_p_vs_{name}": p,
-    }
+        return dict(zip(keys, (change, gained, lost, mcnemar_p(gained, lost)), strict=True))
+    digests = [(r["checkpoint_sha256"], last.get(r["variant"], {})) for r in pair]
+    same = pair and all(digest == then.get("checkpoint_sha256") for digest, then in digests)
+    return {key: last[row["variant"]].get(key) if same else None for key in keys}
 
 
 def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
@@ -116,12 +120,14 @@ def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
     return start[0] is not None and start[0] == start[1] and epochs[0] == epochs[1]
 
 
-def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
+def compare(rows: list[dict], hits: dict[str, list[bool]], before: list[dict] = ()) -> list[dict]:
     """Rows with what needs the others: changes, dominance, statistics over seeds.
 
-    hits: variant -> which images are right, in one order. No two rows have one name.
+    hits: variant -> which images are right, in one order. No two rows have one name. before: the
+    rows of the last metrics.json; one whose checkpoint is not here is among `rows` too, without hits.
     """
     by_name = {row["variant"]: row for row in rows}
+    last = {row["variant"]: row for row in before}
     compared = []
     for row in rows:
         parent = by_name.get(row["parent"])
@@ -138,9 +144,9 @@ def compare(rows: list[dict], hits: dict[str, list[bool]]) -> list[dict]:
         compared.append(
             {
                 **row,
-                **held_against(row, parent, "parent", hits),
-                **held_against(row, control, "control", hits),
-                **held_against(row, baseline, "baseline", hits),
+                **held_against(row, parent, "parent", hits, last),
+                **held_against(row, control, "control", hits, last),
+                **held_against(row, baseline, "baseline", hits, last),
                 "dominated_by": best and best["variant"],
                 "seeds": len(runs),
                 "accuracy_mean_percent": round(statistics.mean(runs), 4),

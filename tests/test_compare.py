@@ -68,6 +68,21 @@ def test_changes_statistics_and_dominance_stay_within_their_seed():
     assert named["baseline_fp32"]["mcnemar_p_vs_baseline"] is None
 
 
+def test_a_pair_whose_files_are_not_here_is_as_it_was():
+    rows = [row("baseline_fp32", 85.5, 2000, 40.0), row("control_fp32", 85.75, 2000, 40.0)]
+    rows.append(row("baseline_int8", 85.4, 600, 10.0))
+    last = compare(rows, hits_of(rows))
+    for absent in ("baseline_fp32", "control_fp32"):
+        here = hits_of([r for r in rows if r["variant"] != absent])
+        kept = [r if r["variant"] == absent else row for r, row in zip(last, rows, strict=True)]
+        assert compare(kept, here, last) == last
+        other = [r | {"checkpoint_sha256": "new"} for r in rows if r["variant"] != absent]
+        other += [r for r in last if r["variant"] == absent]  # not the pair that was counted
+        changed = {r["variant"]: r for r in compare(other, here, last)}
+        assert changed["control_fp32"]["mcnemar_p_vs_baseline"] is None
+        assert changed["control_fp32"]["accuracy_change_vs_baseline_points"] is None
+
+
 # ---- McNemar's exact test ----------------------------------------------------------------------
 
 

@@ -86,6 +86,25 @@ def test_inspect_describes_a_saved_file(smoke, monkeypatch, capsys):
     assert "256x2048" in fc1 and "50.0" in fc1 and "524,288" in fc1
 
 
+def test_a_variant_whose_checkpoint_is_elsewhere_stays_as_measured(copy, capsys):
+    folder, checkpoints = copy / "results/smoke", copy / "checkpoints/smoke"
+    before = {name: (folder / name).read_bytes() for name in ("metrics.json", "layers.json")}
+    elsewhere = ("baseline_fp32", "pruned_50_int8")
+    for name in elsewhere:
+        (checkpoints / f"{name}.pt").rename(copy / f"{name}.pt")
+    run_main("evaluate", "--smoke")
+    assert capsys.readouterr().out.count("as measured where its file is") == 2
+
+    def rows(content):
+        rows = json.loads(content)
+        return sorted(
+            ({**r, "evaluated_commit": None} for r in rows), key=lambda r: str([*r.values()])
+        )
+
+    for name, content in before.items():
+        assert rows((folder / name).read_bytes()) == rows(content)
+
+
 # ---- the committed runs ------------------------------------------------------------------------
 
 
