@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgecnn.cli import Parser  # noqa: E402
 from edgecnn.deploy import c_source, cortex_m, kernels  # noqa: E402
+from edgecnn.deploy.tools import output_of  # noqa: E402
 from edgecnn.errors import user_errors_exit_2  # noqa: E402
 from edgecnn.files import write_json  # noqa: E402
 from edgecnn.graph import INPUT, Graph, Node, tensor_shapes, to_plain  # noqa: E402
@@ -178,7 +179,7 @@ def code_bytes(objects: list[Path]) -> dict[str, int]:
     """{kernel: bytes of its code}: of its file, or of its function where a file holds several."""
     found = {}
     for path in objects:
-        listed = cortex_m.output_of(["arm-none-eabi-nm", "-S", str(path)]).split("\n")
+        listed = output_of(["arm-none-eabi-nm", "-S", str(path)]).split("\n")
         sizes = {w[3]: int(w[1], 16) for w in map(str.split, listed) if len(w) == 4}
         alone = {path.stem: sum(sizes.values())}
         found |= alone if path.stem in LAYERS else {k: v for k, v in sizes.items() if k in LAYERS}

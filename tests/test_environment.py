@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY, fails, run_main, snapshot
 
 from edgecnn.cells import markdown_table
-from edgecnn.deploy import ethos_u
+from edgecnn.deploy import ethos_u, tools
 from edgecnn.deploy.c_source import host_compiler
 from edgecnn.errors import UserError, user_errors_exit_2
 from edgecnn.files import read_json, write_json
@@ -173,7 +173,7 @@ def test_vela_imports_nothing_from_where_the_user_works(workdir, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "stopped")
 
     run = subprocess.run
-    monkeypatch.setattr(ethos_u.subprocess, "run", spy)
+    monkeypatch.setattr(tools.subprocess, "run", spy)
     (workdir / "out").mkdir()
     with pytest.raises(UserError, match="stopped"):
         ethos_u.run_vela(b"", "ethos-u55-128", workdir / "out")

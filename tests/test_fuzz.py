@@ -142,7 +142,7 @@ def parts(checkpoint: dict, chance: random.Random) -> list:
 
 
 @pytest.mark.parametrize(
-    "name", ["reference/baseline_fp32", "reference/pruned_95_energy_int8", "resnet8/baseline_int8"]
+    "name", ["headline/baseline_fp32", "reference/pruned_95_energy_int8", "resnet8/baseline_int8"]
 )
 def test_mutated_values_of_a_checkpoint(tmp_path, capsys, name):
     original = torch.load(REFERENCE.parent / f"{name}.pt", weights_only=True)

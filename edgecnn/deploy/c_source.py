@@ -9,7 +9,6 @@ import ctypes
 import math
 import os
 import shlex
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import torch
 
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.plan import Plan, Step, planned
+from edgecnn.deploy.tools import output_of
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, shapes_of
 from edgecnn.names import REPOSITORY
@@ -34,7 +34,6 @@ WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
 ARITHMETIC = (
     "-ffp-contract=off"  # a fused multiply-add would round once where the reference does twice
 )
-COMPILE_TIMEOUT_S = 120
 PIXELS = 256
 STRUCTS = {"linear": "linear_t", "max": "pool_t", "avg": "pool_t", "add": "add_layer_t"}
 STRUCTS |= {"conv": "conv_t", "clamp": "clamp_t"}
@@ -211,21 +210,6 @@ void infer(const int8_t *image, int8_t *logits)
 # ---- on this machine ---------------------------------------------------------------------------
 
 
-def run_compiler(command: list[str], missing: str) -> None:
-    """Run a compiler; raises UserError with its message, or `missing` when it is not installed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} is not installed; {missing}") from None
-    except OSError as error:
-        raise UserError(f"{command[0]} cannot be run ({error.strerror}); {missing}") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} did not finish within {COMPILE_TIMEOUT_S} s") from None
-    if done.returncode:
-        message = " | ".join(done.stderr.strip().splitlines()[:6]) or "it said nothing"
-        raise UserError(f"{command[0]} failed with exit code {done.returncode}: {message}")
-
-
 def write_source(source: Source, folder: Path) -> Path:
     """Write model.c and model.h; the path of model.c."""
     (folder / "model.h").write_text(source.header)
@@ -249,7 +233,7 @@ def compile_host(files: list[Path], library: Path, optimize: str = "-O2") -> cty
     compiler = host_compiler()
     command = [*compiler, *WARNINGS, optimize, ARITHMETIC, "-fPIC", "-shared", f"-I{FIRMWARE}"]
     command += [*map(str, files), *(str(FIRMWARE / name) for name in KERNELS)]
-    run_compiler([*command, "-o", str(library)], "install a C compiler, or name one in CC")
+    output_of([*command, "-o", str(library)], "install a C compiler, or name one in CC")
     try:
         return ctypes.CDLL(str(Path(library).resolve()))
     except OSError:

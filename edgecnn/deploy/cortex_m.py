@@ -23,9 +23,9 @@ from edgecnn.deploy.c_source import (
     WARNINGS,
     Source,
     c_source,
-    run_compiler,
     write_source,
 )
+from edgecnn.deploy.tools import complaint, output_of, run_tool
 from edgecnn.errors import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
@@ -105,15 +105,6 @@ def tool_versions() -> dict[str, str]:
     return {key: output_of([tool, "--version"]).splitlines()[0] for key, tool in found.items()}
 
 
-def output_of(command: list[str]) -> str:
-    """What a tool prints; raises UserError when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = " ".join((done.stderr or "it said nothing").split())[:200]
-        raise UserError(f"{command[0]} ended with {done.returncode}: {reason}")
-    return done.stdout
-
-
 # ---- building and running ----------------------------------------------------------------------
 
 
@@ -126,7 +117,7 @@ def compile_files(files: list[Path], board: Board, folder: Path) -> list[Path]:
     command += [f"-I{FIRMWARE}", f"-I{folder}", "-c"]
     objects = [folder / f"{file.stem}.o" for file in files]
     for file, made in zip(files, objects, strict=True):
-        run_compiler([*command, str(file), "-o", str(made)], INSTALL)
+        output_of([*command, str(file), "-o", str(made)], INSTALL)
     return objects
 
 
@@ -142,7 +133,7 @@ def link(objects: list[Path], board: Board) -> Path:
     command = [COMPILER, *board.flags, *LINK, f"-L{FIRMWARE}", "-T"]
     command += [str(FIRMWARE / board.linker_script), *map(str, objects), "-lgcc"]
     try:
-        run_compiler([*command, "-o", str(program)], INSTALL)
+        output_of([*command, "-o", str(program)], INSTALL)
     except UserError as error:
         if "will not fit in region" in str(error):
             raise DoesNotFit(f"the program does not fit the emulated {board.machine}") from None
@@ -178,20 +169,7 @@ def emulate(board: Board, program: Path, *options: str) -> subprocess.CompletedP
     command = [EMULATOR, "-M", board.machine, "-kernel", str(program), "-display", "none"]
     command += ["-monitor", "none", "-serial", "none"]
     command += ["-semihosting-config", "enable=on,target=native", *options]
-    try:
-        return subprocess.run(
-            command,
-            cwd=program.parent,
-            capture_output=True,
-            text=True,
-            timeout=QEMU_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{EMULATOR} {board.machine} did not finish within {QEMU_TIMEOUT_S} s; "
-            "try again on a quieter machine"
-        ) from None
+    return run_tool(command, hint=INSTALL, timeout_s=QEMU_TIMEOUT_S, folder=program.parent)
 
 
 def run(board: Board, program: Path, images: torch.Tensor) -> dict:
@@ -204,8 +182,8 @@ def run(board: Board, program: Path, images: torch.Tensor) -> dict:
     done = emulate(board, program, "-icount", "shift=0")
     report = re.search(r"^(\d+) (\d+)$", done.stdout + done.stderr, re.M)
     if done.returncode or report is None:
-        reason = " ".join((done.stderr or done.stdout).split())[:200]
-        raise UserError(f"{EMULATOR} {board.machine} ended with {done.returncode}: {reason}")
+        words = f"{EMULATOR} {board.machine} ended with {done.returncode}: {complaint(done)}"
+        raise UserError(words)
     values = bytearray((folder / "logits.bin").read_bytes())
     logits = torch.frombuffer(values, dtype=torch.int8).reshape(len(images), -1)
     return {"ticks": int(report[1]), "stack_bytes": int(report[2]), "logits": logits}

@@ -7,16 +7,15 @@ was run on silicon. It codes weights without loss, so that zeros shrink what has
 import csv
 import importlib.util
 import re
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from edgecnn.deploy.tools import run_tool
 from edgecnn.errors import UserError
 
 ACCELERATOR = "ethos-u55-128"
-TIMEOUT_S = 120  # this network compiles in about two seconds
 OPERATORS = re.compile(r"^(CPU|NPU) operators = (\d+) ", re.MULTILINE)
 
 
@@ -45,16 +44,8 @@ def run_vela(tflite: bytes, accelerator: str, folder: Path) -> tuple[dict, str]:
     path.write_bytes(tflite)
     # -P and cwd: a module that lies where the user works is never imported.
     command = [sys.executable, "-P", "-m", "ethosu.vela", str(path), "--output-dir", str(folder)]
-    try:
-        process = subprocess.run(
-            [*command, "--accelerator-config", accelerator],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"Vela did not finish within {TIMEOUT_S} s") from None
+    command += ["--accelerator-config", accelerator]
+    process = run_tool(command, name="Vela", folder=folder)
     summaries = list(folder.glob("network_summary_*.csv"))
     if process.returncode or len(summaries) != 1:
         lines = (process.stderr.strip() or process.stdout.strip() or "it said nothing").splitlines()
