@@ -32,9 +32,18 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(*args, **kwargs)
 
 
+def number(text: str, kind: type) -> int | float:
+    """Text as an int or a float, or argparse's error."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text} is not a {what}") from None
+
+
 def positive_int(text: str) -> int:
     """An integer from 1 to a million, or argparse's error."""
-    value = int(text)
+    value = number(text, int)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     if value > MOST:
@@ -56,7 +65,7 @@ def run_folder(text: str) -> str:
 
 def seed(text: str) -> int:
     """An integer in [0, 2^31), or argparse's error."""
-    value = int(text)
+    value = number(text, int)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 2^31)")
     return value
@@ -64,7 +73,7 @@ def seed(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """A finite number above zero, or argparse's error."""
-    value = float(text)
+    value = number(text, float)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
@@ -72,7 +81,7 @@ def positive_float(text: str) -> float:
 
 def share(text: str) -> float:
     """A number in [0, 1), or argparse's error."""
-    value = float(text)
+    value = number(text, float)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
     return value

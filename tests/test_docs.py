@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 
 import pytest
 from conftest import REPOSITORY, fails, run_main
@@ -180,3 +181,12 @@ def test_committed_joint_fronts_are_of_the_committed_metrics(path, here):
     assert "_".join(runs) == path.stem
     assert front_table(read_runs(runs, NEEDED)) + "\n" == path.read_text(encoding="utf-8")
     assert record["parents"] == {name: sha256(f"results/{name}") for name in record["parents"]}
+
+
+def test_git_has_no_picture_without_a_page_and_at_most_25_mib(here):
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout
+    text = "".join(path.read_text(encoding="utf-8") for path in here)
+    for name in listed.splitlines():
+        if name.endswith((".png", ".svg")) and name.startswith("results/"):
+            assert f"{name})" in text, name
+    assert sum((REPOSITORY / name).stat().st_size for name in listed.splitlines()) <= 25 * 2**20

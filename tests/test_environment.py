@@ -139,6 +139,8 @@ LONG = "x" * 5000
         ("evaluate", ("a\nb.pt",), "control characters"),
         ("train_baseline", ("--epochs", "9" * 30), "above 1,000,000"),
         ("train_baseline", ("--epochs", "9" * 5000), "--epochs"),
+        ("train_baseline", ("--epochs", "ten"), "ten is not a whole number"),
+        ("train_baseline", ("--learning-rate", "fast"), "fast is not a number"),
         ("train_baseline", ("--batch-size", "9" * 30), "above 1,000,000"),
         ("quantize", ("--calibration-images", "9" * 30), "above 1,000,000"),
         ("export_edge", ("--images", "9" * 30), "above 1,000,000"),
