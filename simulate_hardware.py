@@ -7,7 +7,7 @@ Writes  results/hardware.json, whose figures evaluate.py joins to its tables
     python simulate_hardware.py --break-even    # where sparsity starts to pay: results/break_even.json
     python simulate_hardware.py --smoke         # seconds; reads checkpoints/smoke/
 
-Measured: instructions, flash and RAM of the linked program in QEMU, and the interpreter's arena.
+Counted: instructions, flash and RAM of the linked program in QEMU. Measured: the interpreter's arena.
 Modelled: the NPU (by Arm's Vela) and cycles (keys with _modelled). What a missing tool would
 have given is null, "not measured". The INT8 variants of the lowest seed are taken; a run has one network
 and one data set.
