@@ -1,7 +1,8 @@
 """Step 4: the tables: accuracy on the test images, bytes, MACs, energy of every variant.
 
 Reads   checkpoints/*.pt (or the files given), the test images, results/hardware.json
-        results/metrics.json: variants whose checkpoints are on another machine stay as measured
+        results/metrics.json: variants whose checkpoints are on another machine stay as measured,
+        but with --force
 Writes  results/metrics.json (with hardware.json's figures of the very same checkpoints)
         results/table.md (the short tables)  results/table_all.md (every variant)
         results/layers.json (where weights, MACs and energy sit in each)
@@ -27,10 +28,11 @@ from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
 from edgecnn.docs import NEEDED, TABLES, joined_files, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import json_bytes, read_rows, read_table
+from edgecnn.files import elsewhere, json_bytes, read_rows, read_table
 from edgecnn.front import read_runs
 from edgecnn.hardware import read_hardware
 from edgecnn.names import command, results_dir
+from edgecnn.records import LAYER
 from edgecnn.step import Step, results_step, source_digests
 from edgecnn.tables import accuracy_table, cost_table
 
@@ -82,11 +84,11 @@ def layer_rows(path: Path) -> list[dict]:
 
 
 def evaluate_checkpoint(
-    path: Path, data: Split, test_set: str, device: torch.device
+    path: Path, data: Split, seen: dict, device: torch.device
 ) -> tuple[dict, list[bool]]:
     """(one flat row of metrics.json, which images are right, in their order).
 
-    Raises UserError when the file is not a usable checkpoint.
+    seen: what the row says of the images. Raises UserError when the file is not a usable checkpoint.
     """
     import torch
 
@@ -114,8 +116,7 @@ def evaluate_checkpoint(
         "seed": origin["seed"],
         "precision": precision,
         "bits": bits,
-        "test_set": test_set,
-        "test_images": len(labels),
+        **seen,
         "correct_images": correct,
         "accuracy_percent": round(100 * correct / len(labels), 4),
         "accuracy_ci95_low_percent": round(low, 3),
@@ -201,14 +202,11 @@ def rows_before(path: Path, read, *arguments) -> list[dict]:
     """What `read` finds in an earlier metrics.json or layers.json, none without it."""
     try:
         return read(path, *arguments) if path.exists() else []
-    except UserError:
-        raise UserError(f"{path} is damaged; delete {path} to make it anew") from None
-
-
-def measured_elsewhere(rows: list[dict], paths: list[Path]) -> list[dict]:
-    """Those of the rows whose checkpoints are not here, and so stay as they are."""
-    here = {path.stem for path in paths}
-    return [row for row in rows if row["variant"] not in here]
+    except UserError as error:
+        reason = str(error).partition("; ")[0]
+        raise UserError(
+            f"{reason}; it is damaged: --force or deleting {path} makes it anew"
+        ) from None
 
 
 def pick(runs: list[str], words: list[str]) -> None:
@@ -231,8 +229,9 @@ def measure(paths: list[Path], args, before: list[dict] = ()) -> list[dict]:
 
     Raises UserError before any work.
     """
-    from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout
+    from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout, sha256
     from edgecnn.data import load_judging
+    from edgecnn.split import fingerprint
     from edgecnn.train import pick_device
 
     twice = [path for path in paths if [p.stem for p in paths].count(path.stem) > 1]
@@ -247,18 +246,18 @@ def measure(paths: list[Path], args, before: list[dict] = ()) -> list[dict]:
         raise UserError("these checkpoints were trained on different data; give each its own --run")
     device = pick_device(args.device)
     data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
-    rows, hits = measured_elsewhere(before, paths), {}
-    seen = test_set, len(data[1])
-    other = [row["variant"] for row in rows if (row["test_set"], row["test_images"]) != seen]
+    seen = {"test_set": test_set, "test_images": len(data[1]), "test_sha256": fingerprint(data)}
+    rows, hits = elsewhere(before, {path.stem: sha256(path) for path in paths}), {}
+    other = [row["variant"] for row in rows if {**seen, **row} != {**row, **seen}]
     if other:
         raise UserError(
             f"{', '.join(other)} of metrics.json saw other images, and the checkpoints are not here: "
-            "copy them here, or delete metrics.json to do without them"
+            "copy them here, or give --force to do without them"
         )
     for row in rows:
         print(f"{row['variant']}: {row['accuracy_percent']:.2f} %, as measured where its file is")
     for path in paths:
-        row, hits[path.stem] = evaluate_checkpoint(path, data, test_set, device)
+        row, hits[path.stem] = evaluate_checkpoint(path, data, seen, device)
         rows.append(row)
         print(f"{path.stem}: {row['accuracy_percent']:.2f} % of {len(data[1]):,} images")
     return sorted(compare(rows, hits, before), key=sort_key)
@@ -298,11 +297,15 @@ def main():
         return print(f"\n{accuracy_table(rows)}\n\n{cost_table(rows)}")
     step = evaluate_step(args, folder, paths)
     if not step.kept():
-        before = rows_before(folder / "metrics.json", read_rows, NEEDED | LINEAGE)
-        layers = rows_before(folder / "layers.json", read_table, "", {"variant": None})
+        before, layers = [], []
+        if not args.force:
+            before = rows_before(folder / "metrics.json", read_rows, NEEDED | LINEAGE)
+            layers = rows_before(folder / "layers.json", read_table, "", LAYER)
         hardware = read_hardware(folder)
-        contents = table_files(folder, measure(paths, args, before), hardware)
-        layers = measured_elsewhere(layers, paths)
+        rows = measure(paths, args, before)
+        contents = table_files(folder, rows, hardware)
+        stay = {row["variant"] for row in rows} - {path.stem for path in paths}
+        layers = [row for row in layers if row["variant"] in stay]
         layers += [row for path in paths for row in layer_rows(path)]
         contents["layers.json"] = json_bytes(layers)
         step.commit({folder / name: content for name, content in contents.items()})

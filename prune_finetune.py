@@ -134,7 +134,8 @@ def level_step(args: argparse.Namespace, run: str, parent: Path, baseline: Path)
     """The step of one level: made from its parent, and with distillation taught by a third."""
     method = method_name(args.structure, args.sparsity, parent.stem)
     name = variant_name(method, "fp32", args.criterion, args.seed)
-    arguments = {key: getattr(args, key) for key in DECISIVE + PRUNING} | {"parent": parent.stem}
+    deciding = DECISIVE + (PRUNING if args.sparsity else ("sparsity",))  # of zero, how is no matter
+    arguments = {key: getattr(args, key) for key in deciding} | {"parent": parent.stem}
     parents = (parent, args.teacher or baseline) if args.distillation else (parent,)
     step = variant_step(run, name, "prune_finetune.py", arguments, parents, args.force, LATER)
     if args.criterion == "instructions":

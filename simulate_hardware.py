@@ -38,7 +38,8 @@ from edgecnn.deploy.cortex_m import (
 from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import json_bytes, read_record, sha256
+from edgecnn.files import elsewhere, json_bytes, read_record, sha256
+from edgecnn.hardware import read_hardware
 from edgecnn.names import EDGE, command, results_dir
 from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
@@ -215,6 +216,9 @@ def main():
         rows.append(hardware_row(path, checkpoints[path], images, folder / EDGE, args.accelerator))
         if "m4_instructions" in rows[-1]:
             print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
+    if not (args.break_even or args.force):  # what was measured of files that are not here stays
+        here = {path.stem: sha256(path) for path in paths}
+        rows = elsewhere(read_hardware(folder), here) + rows
     step.commit({step.outputs[0]: json_bytes(rows)})
     print(f"wrote {step.outputs[0]}")
 

@@ -179,7 +179,7 @@ def code_bytes(objects: list[Path]) -> dict[str, int]:
     """{kernel: bytes of its code}: of its file, or of its function where a file holds several."""
     found = {}
     for path in objects:
-        listed = output_of(["arm-none-eabi-nm", "-S", str(path)]).split("\n")
+        listed = output_of(["arm-none-eabi-nm", "-S", str(path)], cortex_m.INSTALL).split("\n")
         sizes = {w[3]: int(w[1], 16) for w in map(str.split, listed) if len(w) == 4}
         alone = {path.stem: sum(sizes.values())}
         found |= alone if path.stem in LAYERS else {k: v for k, v in sizes.items() if k in LAYERS}

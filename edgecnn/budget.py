@@ -5,7 +5,6 @@ from typing import NamedTuple
 from edgecnn.cells import KIB
 from edgecnn.compare import lowest_seed_rows
 from edgecnn.errors import UserError
-from edgecnn.files import MADE_BY
 from edgecnn.records import in_range
 
 
@@ -136,11 +135,14 @@ def figure_for(rows: list[dict], name: str) -> str:
             value = row.get(key)
             if value is not None and not in_range(value, 0, 1e15):
                 problem = f"{key} is {value!r:.40}, not a number from 0"
-                raise UserError(f"{row['variant']}: {problem}; run: {MADE_BY}")
+                raise UserError(f"{row['variant']}: {problem}; make metrics.json again")
         if any(row.get(key) is not None for row in rows):
             return key
     keys = " or ".join(LIMITS[name].figures)
-    raise UserError(f"no variant has {keys}, which {name} needs; run: {MADE_BY}")
+    raise UserError(
+        f"no variant has {keys}, which {name} needs; for the same run make it with "
+        "simulate_hardware.py, then evaluate.py"
+    )
 
 
 def competitors(rows: list[dict], limits: dict[str, float]) -> list[dict]:

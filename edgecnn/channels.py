@@ -252,7 +252,9 @@ def require_reachable(graph: Graph, most_macs: float, multiple: int) -> None:
     if left == graph:
         raise UserError(
             f"no channel can go: every group has at most {multiple} channels, or holds the image's "
-            "or the classes; give a smaller --multiple, or take --structure weights"
+            "or the classes; take --structure weights"
+            + ", or a smaller --multiple"
+            * (multiple > 1)
         )
     raise UserError(
         f"with {multiple} channels left in every group {macs(left):,} of {macs(graph):,} MACs remain, "

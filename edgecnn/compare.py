@@ -20,7 +20,7 @@ def wilson_interval_percent(correct: int, total: int) -> tuple[float, float]:
     p, z2 = correct / total, Z_95**2
     center = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return 100 * (center - half), 100 * (center + half)
+    return max(0.0, 100 * (center - half)), min(100.0, 100 * (center + half))
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -107,13 +107,19 @@ def held_against(
     return {key: last[row["variant"]].get(key) if same else None for key in keys}
 
 
+def parent_of(row: dict, by_name: dict[str, dict]) -> dict | None:
+    """The row of a variant's parent; None where it was made again since: it is another one."""
+    parent = by_name.get(row["parent"])
+    return parent if parent and parent["checkpoint_sha256"] == row["parent_sha256"] else None
+
+
 def equal_effort(row: dict, control: dict, by_name: dict[str, dict]) -> bool:
     """Whether a pruned variant was fine-tuned once, as long as its control and from the same weights.
 
     The same fine-tuning without pruning is what it has to be held against; later levels of a sweep
     took more.
     """
-    fp32 = [v if v["precision"] == "fp32" else by_name.get(v["parent"]) for v in (row, control)]
+    fp32 = [v if v["precision"] == "fp32" else parent_of(v, by_name) for v in (row, control)]
     if not is_pruned(row["method"]) or None in fp32:
         return False
     start, epochs = ([v.get(key) for v in fp32] for key in ("parent_sha256", "epochs"))
@@ -130,9 +136,7 @@ def compare(rows: list[dict], hits: dict[str, list[bool]], before: list[dict] = 
     last = {row["variant"]: row for row in before}
     compared = []
     for row in rows:
-        parent = by_name.get(row["parent"])
-        if parent is not None and parent["checkpoint_sha256"] != row["parent_sha256"]:
-            parent = None  # the parent was trained again since: a difference would mean nothing
+        parent = parent_of(row, by_name)
         control = f"{row['method'].rpartition('pruned_')[0]}control"  # after the same channels
         control = by_name.get(variant_name(control, row["precision"], seed=row["seed"]))
         control = control if control and equal_effort(row, control, by_name) else None

@@ -15,7 +15,7 @@ from edgecnn.files import read_table
 from edgecnn.labels import FONT
 from edgecnn.marks import GREY
 from edgecnn.names import command
-from edgecnn.records import MOST
+from edgecnn.records import LAYER
 from edgecnn.text import picture_text
 
 # Panels of layers: the axis label, what an axis unit is, and the stacked keys with name and colour.
@@ -108,9 +108,7 @@ def draw_layers(variant: str, rows: list[dict]) -> Figure:
 
 def layers_of(path: Path, variant: str) -> list[dict]:
     """The variant's rows of layers.json; raises UserError, naming those there are, without any."""
-    costs = {key: (0, MOST) for *_, parts in LAYER_PANELS for key, *_ in parts}
-    needed = {"variant": None, "layer": None, "zeros_percent": (0, 100), **costs}
-    rows = read_table(path, command("evaluate", path.parent), needed)
+    rows = read_table(path, command("evaluate", path.parent), LAYER)
     chosen = [row for row in rows if row["variant"] == variant]
     if not chosen:
         known = ", ".join(dict.fromkeys(row["variant"] for row in rows))

@@ -14,7 +14,6 @@ from edgecnn.names import command, criterion_name
 from edgecnn.records import plain_problem, row_problem
 from edgecnn.text import is_name
 
-MADE_BY = "python evaluate.py"  # metrics.json
 LARGEST_JSON_BYTES = 64 * 2**20
 
 
@@ -170,4 +169,17 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
     rows = read_table(path, made_by, needed, optional)
     if not rows:
         raise UserError(f"{path} is not a list of variants, or an empty one; run: {made_by}")
+    names = [row["variant"] for row in rows]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{path} has {twice} twice; make it again with: {made_by}")
     return [row | {"criterion": criterion_name(row.get("criterion"))} for row in rows]
+
+
+def elsewhere(rows: list[dict], here: dict[str, str]) -> list[dict]:
+    """Those rows whose checkpoint is not `here`, {variant: SHA-256}, by this name or another."""
+    return [
+        row
+        for row in rows
+        if row.get("variant") not in here and row["checkpoint_sha256"] not in here.values()
+    ]

@@ -22,6 +22,7 @@ SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same 
 HIGHEST = 255
 BATCH = 500  # images
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
+MAX_BIAS = 2**30  # of an int32 bias, in steps of input scale x weight scale
 # QNNPACK adds inputs of 2^-14 to 2^8 of the output's scale (its own message); half of that is safe.
 MIN_ADD_RATIO, MAX_ADD_RATIO = 2.0**-13, 2.0**7
 
@@ -92,6 +93,9 @@ def floors(graph: Graph, tensors: dict, weights: dict, activations: dict) -> Ite
             scales = inputs[0]["scale"] * torch.tensor(weights[node.name], dtype=torch.float64)
             largest = HIGHEST * weight.abs().flatten(1).sum(1) * scales + bias.abs()  # (O,)
             yield own, largest.max().item() / (ROUNDING_LIMIT / 2)
+            used = weight.flatten(1).any(1)  # a bias alone fits at any scale
+            steps = bias.abs() / (scales / inputs[0]["scale"] * MAX_BIAS / 2)  # (O,)
+            yield inputs[0], torch.where(used, steps, 0).max().item()
         elif node.op == "add":
             for entry in inputs:
                 yield own, entry["scale"] / MAX_ADD_RATIO

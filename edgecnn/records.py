@@ -25,8 +25,15 @@ SEVERAL = (
 )
 NAMES, NAMES_OR_NULL = ("variant", "layer"), ("parent", "dominated_by")
 LABELS = ("method", "precision", "test_set")  # shown, never null
-LABELS_OR_NULL = ("criterion", "checkpoint_sha256", "parent_sha256")
+LABELS_OR_NULL = ("criterion", "checkpoint_sha256", "parent_sha256", "test_sha256")
 CHANGES = ("points", "saved_percent")  # may be negative
+# What a row of layers.json needs.
+LAYER = {"variant": None, "layer": None, "zeros_percent": (0, 100)}
+LAYER |= dict.fromkeys(("stored_bytes", "macs_nonzero"), (0, MOST))
+LAYER |= {
+    f"energy_{part}_uj": (0, MOST)
+    for part in ("arithmetic", "weights_sram", "weights_dram", "activations")
+}
 INTEGERS = ("seed", "test_images", "tflite_micro_images")
 
 

@@ -231,12 +231,14 @@ class Step:
 
         Code and arguments stay those that made it. Raises UserError when a file cannot be written.
         """
-        record = self.read()
-        if record is not None and isinstance(record.get("outputs"), dict):
-            outputs = {p.name: hashlib.sha256(data).hexdigest() for p, data in contents.items()}
-            parents = {name: sha256(path) for name, path in self.named_parents.items()}
-            record["outputs"] |= outputs
-            record["parents"] = record.get("parents", {}) | parents
+        record = self.read() or {}
+        parts = [record.get(key) for key in ("outputs", "parents")]
+        if all(isinstance(part, dict) for part in parts):
+            outputs, parents = parts
+            for path, data in contents.items():  # one that another wrote stays so
+                if path.is_file() and outputs.get(path.name) == sha256(path):
+                    outputs[path.name] = hashlib.sha256(data).hexdigest()
+            parents |= {name: sha256(path) for name, path in self.named_parents.items()}
             contents = contents | {self.record: json_bytes(record)}
         write_files(contents)
 

@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one clear line on stderr, exit code 2, and nothing overwritten."""
 
 import errno
+import json
 import pickle
 import resource
 import shutil
@@ -299,13 +300,29 @@ def test_a_variant_measured_on_other_images_is_not_dropped_in_silence(copy, caps
     path = copy / "results/smoke/metrics.json"
     path.write_text(path.read_text().replace('"test_images": 130', '"test_images": 129'))
     error = fails(capsys, copy, "evaluate", "--smoke")
-    assert "pruned_50_int8" in error and "delete metrics.json" in error
+    assert "pruned_50_int8" in error and "--force" in error
+    run_main("evaluate", "--smoke", "--force")
+    assert "pruned_50_int8" not in path.read_text()
+    assert "pruned_50_int8" not in (path.parent / "layers.json").read_text()
+
+
+def test_figures_that_another_wrote_are_not_taken_for_the_step_s(copy, capsys):
+    path = copy / "results/smoke/metrics.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([rows[0] | {"accuracy_percent": 99.0}, *rows[1:]]))
+    run_main("evaluate", "--smoke", "--docs")
+    run_main("evaluate", "--smoke")
+    assert "is not the file that this step wrote" in capsys.readouterr().out
+    assert "99.0" not in path.read_text()
+    path.write_text(json.dumps([*rows, rows[0]]))
+    (copy / FOLDER / f"{rows[0]['variant']}.pt").unlink()
+    assert f"{rows[0]['variant']} twice" in fails(capsys, copy, "evaluate", "--smoke")
 
 
 def test_a_damaged_table_of_figures_can_be_made_again(copy, capsys):
     path = copy / "results/smoke/metrics.json"
     path.write_text("<<<<<<< ours\n" + path.read_text())
-    assert f"delete {path.relative_to(copy)}" in fails(capsys, copy, "evaluate", "--smoke")
+    assert f"deleting {path.relative_to(copy)}" in fails(capsys, copy, "evaluate", "--smoke")
     path.unlink()
     run_main("evaluate", "--smoke")
 

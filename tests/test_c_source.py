@@ -246,3 +246,8 @@ def test_missing_and_failing_compilers_are_user_errors(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="failed with exit code 1: .*error"):
         c_source.compile_host([tmp_path / "bad.c"], tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()
+    (tmp_path / "cc").write_text("#!/bin/sh\nprintf '\\351' >&2; exit 3\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    with pytest.raises(UserError, match="failed with exit code 3: \N{REPLACEMENT CHARACTER}"):
+        c_source.compile_host([], tmp_path / "x.so")

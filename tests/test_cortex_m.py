@@ -261,5 +261,6 @@ def test_missing_tools_are_not_measured(monkeypatch):
 @needs_emulator
 def test_a_hanging_emulator_is_a_user_error(monkeypatch):
     monkeypatch.setattr(cortex_m, "QEMU_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(cortex_m, "IMAGE_TIMEOUT_S", 0)
     with pytest.raises(UserError, match="did not finish"):
         cortex_m.cortex_m_row(committed("headline/pruned_93_energy"), IMAGES)

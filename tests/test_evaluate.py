@@ -103,6 +103,9 @@ def test_a_variant_whose_checkpoint_is_elsewhere_stays_as_measured(copy, capsys)
 
     for name, content in before.items():
         assert rows((folder / name).read_bytes()) == rows(content)
+    (checkpoints / "baseline_int8.pt").rename(checkpoints / "mine_int8.pt")  # it is here
+    run_main("evaluate", "--smoke")
+    assert "baseline_int8" not in (folder / "table_all.md").read_text()
 
 
 # ---- the committed runs ------------------------------------------------------------------------

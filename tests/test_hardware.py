@@ -111,6 +111,20 @@ def test_a_missing_tool_is_not_measured_and_nothing_else_is_lost(exported, monke
     assert "not measured, no picture" in capsys.readouterr().out
 
 
+def test_what_was_counted_of_a_file_that_is_elsewhere_stays(exported, monkeypatch):
+    path, stays = (
+        exported / "results/smoke/hardware.json",
+        {"variant": "a", "checkpoint_sha256": "1"},
+    )
+    run_main("simulate_hardware", "--smoke")
+    (row,) = rows = read_json(path, "")
+    monkeypatch.setattr(simulate_hardware, "hardware_row", lambda *_: row)
+    for force, expected in ([], [stays, row]), (["--force"], [row]):
+        path.write_text(json.dumps([*rows, stays, row | {"variant": "renamed"}]))
+        run_main("simulate_hardware", "--smoke", *force)
+        assert read_json(path, "") == expected
+
+
 def test_the_break_even_figures_and_their_picture_are_both_kept(exported, monkeypatch, capsys):
     rows = read_json(REFERENCE / "break_even.json", "")
     monkeypatch.setattr(simulate_hardware, "break_even", lambda *_: rows)

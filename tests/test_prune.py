@@ -51,6 +51,13 @@ def test_sparsity_is_exact_to_one_weight(sparsity, criterion):
     assert not any("mask" in name or "orig" in name for name in model.state_dict())
 
 
+def test_a_control_is_the_same_whatever_would_have_gone(copy, capsys):
+    smoke = ("prune_finetune", "--smoke", "--sparsity", 0, "--epochs", 1)
+    for how in ([], ["--structure", "channels"], ["--criterion", "energy"]):
+        run_main(*smoke, *how)
+    assert capsys.readouterr().out.count("kept: checkpoints/smoke/control_fp32.pt") == 2
+
+
 def test_l1_keeps_every_magnitude_above_one_global_threshold():
     torch.manual_seed(0)
     before = [layer.weight.detach().clone() for layer in weight_layers(network()).values()]

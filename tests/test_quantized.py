@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgecnn.data import load_sample, normalize
 from edgecnn.dataset import CIFAR10
 from edgecnn.deploy.integer import exact_logits
+from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError
 from edgecnn.graph import Graph, Node, from_plain, macs_of, to_plain
 from edgecnn.quantized import (
     HIGHEST,
+    MAX_BIAS,
     int8_module,
     integer_logits,
     quantize,
@@ -156,6 +158,22 @@ def test_a_layer_that_calibration_never_saw_alive_stays_within_the_arithmetic():
     exact = exact_logits(checkpoint, quantize_images(checkpoint, images))
     assert (integer_logits(model, images).int() - exact).abs().max() <= 1
     assert (exact == exact[0]).all()
+
+
+def test_a_map_that_is_dead_leaves_room_for_the_next_layer_s_bias():
+    graph = graph_of(
+        (2, 4, 4), conv(3, 1, activation="relu"), conv(3, 1), ("flatten", {}), linear(2)
+    )
+    tensors = random_tensors(graph)
+    tensors["n0.weight"] *= 0.01
+    tensors["n0.bias"].fill_(-1)
+    tensors["n1.weight"] *= 0.01
+    tensors["n1.bias"].fill_(0.5)
+    checkpoint = quantized(graph, tensors)
+    found = checkpoint["quantization"]
+    steps = checkpoint["tensors"]["n1.bias"].abs() / torch.tensor(found["weights"]["n1"])
+    assert (steps / found["activations"]["n0"]["scale"]).max() <= MAX_BIAS
+    write_tflite(checkpoint, "dead")
 
 
 @pytest.mark.parametrize(("spoiled", "factor"), [("n0", 0), ("n2", 0), ("n2", 1e-6), ("n0 n2", 0)])

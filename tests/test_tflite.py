@@ -20,7 +20,6 @@ from edgecnn.capture import capture
 from edgecnn.deploy.integer import exact_logits
 from edgecnn.deploy.parity import operator_differences
 from edgecnn.deploy.tflite import (
-    MAX_BIAS,
     integer_bias,
     operators,
     run_tflite,
@@ -30,6 +29,7 @@ from edgecnn.deploy.tflite import (
 )
 from edgecnn.errors import UserError
 from edgecnn.networks import NETWORKS
+from edgecnn.quantized import MAX_BIAS
 from edgecnn.rewrite import deployed
 
 # The operators in front of the read-out's FULLY_CONNECTED.

@@ -225,13 +225,13 @@ def host_compiler() -> list[str]:
         raise UserError(f"CC is no command line ({error}); name a C compiler in it") from None
 
 
-def compile_host(files: list[Path], library: Path, optimize: str = "-O2") -> ctypes.CDLL:
+def compile_host(files: list[Path], library: Path) -> ctypes.CDLL:
     """Compile C files and the kernels with this machine's compiler ($CC, or cc), and load the result.
 
     Raises UserError when the compiler is missing or fails.
     """
     compiler = host_compiler()
-    command = [*compiler, *WARNINGS, optimize, ARITHMETIC, "-fPIC", "-shared", f"-I{FIRMWARE}"]
+    command = [*compiler, *WARNINGS, "-O2", ARITHMETIC, "-fPIC", "-shared", f"-I{FIRMWARE}"]
     command += [*map(str, files), *(str(FIRMWARE / name) for name in KERNELS)]
     output_of([*command, "-o", str(library)], "install a C compiler, or name one in CC")
     try:

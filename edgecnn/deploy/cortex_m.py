@@ -25,7 +25,7 @@ from edgecnn.deploy.c_source import (
     c_source,
     write_source,
 )
-from edgecnn.deploy.tools import complaint, output_of, run_tool
+from edgecnn.deploy.tools import complaint, first_line, output_of, run_tool
 from edgecnn.errors import UserError
 
 COMPILER, SIZES, EMULATOR = "arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm"
@@ -33,7 +33,7 @@ STARTUP = "startup.c"
 INSTALL = "sudo apt-get install gcc-arm-none-eabi qemu-system-arm"
 OPTIMIZE = "-O3 -fno-schedule-insns -ffreestanding -ffunction-sections -fdata-sections".split()
 LINK = "-nostdlib -Wl,--gc-sections -Wl,--no-warn-rwx-segments".split()
-QEMU_TIMEOUT_S = 60
+QEMU_TIMEOUT_S, IMAGE_TIMEOUT_S = 60, 1  # and as much for each image
 INSTRUCTIONS_A_TICK = 40  # SysTick at the boards' 25 MHz; an instruction is 1 ns of virtual time
 
 # What sets the program counter, as QEMU's disassembler spells it.
@@ -79,7 +79,7 @@ M7 = Board("mps2-an500", "mps2_an500.ld", M7_FLAGS)
 STM32F405 = Board("netduinoplus2", "stm32f405.ld", M4_FLAGS)
 
 
-class NotMeasured(Exception):
+class NotMeasured(UserError):
     """There is no figure, and the message says why: report "not measured"."""
 
 
@@ -102,7 +102,7 @@ def tool_versions() -> dict[str, str]:
     """The first line that the compiler and the emulator say of themselves; raises NotInstalled."""
     require_tools()
     found = {"m4_compiler": COMPILER, "m4_emulator": EMULATOR}
-    return {key: output_of([tool, "--version"]).splitlines()[0] for key, tool in found.items()}
+    return {key: first_line([tool, "--version"]) for key, tool in found.items()}
 
 
 # ---- building and running ----------------------------------------------------------------------
@@ -161,15 +161,19 @@ def write_images(images: torch.Tensor, folder: Path) -> None:
     (folder / "images.bin").write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
-def emulate(board: Board, program: Path, *options: str) -> subprocess.CompletedProcess:
-    """Run a program in QEMU, in its own folder; no devices but the processor, files by semihosting.
+def emulate(
+    board: Board, program: Path, images: torch.Tensor, *options: str
+) -> subprocess.CompletedProcess:
+    """Run a program on images in QEMU, in its own folder; no devices but the processor, and files.
 
     Raises UserError when it does not end in time.
     """
+    write_images(images, program.parent)
+    timeout_s = QEMU_TIMEOUT_S + IMAGE_TIMEOUT_S * len(images)
     command = [EMULATOR, "-M", board.machine, "-kernel", str(program), "-display", "none"]
     command += ["-monitor", "none", "-serial", "none"]
     command += ["-semihosting-config", "enable=on,target=native", *options]
-    return run_tool(command, hint=INSTALL, timeout_s=QEMU_TIMEOUT_S, folder=program.parent)
+    return run_tool(command, hint=INSTALL, timeout_s=timeout_s, folder=program.parent)
 
 
 def run(board: Board, program: Path, images: torch.Tensor) -> dict:
@@ -177,14 +181,12 @@ def run(board: Board, program: Path, images: torch.Tensor) -> dict:
 
     ticks: SysTick's count of the first inference. Raises UserError when the program fails or hangs.
     """
-    folder = program.parent
-    write_images(images, folder)
-    done = emulate(board, program, "-icount", "shift=0")
+    done = emulate(board, program, images, "-icount", "shift=0")
     report = re.search(r"^(\d+) (\d+)$", done.stdout + done.stderr, re.M)
     if done.returncode or report is None:
         words = f"{EMULATOR} {board.machine} ended with {done.returncode}: {complaint(done)}"
         raise UserError(words)
-    values = bytearray((folder / "logits.bin").read_bytes())
+    values = bytearray((program.parent / "logits.bin").read_bytes())
     logits = torch.frombuffer(values, dtype=torch.int8).reshape(len(images), -1)
     return {"ticks": int(report[1]), "stack_bytes": int(report[2]), "logits": logits}
 
@@ -245,13 +247,11 @@ def read_trace(lines) -> list[Layer]:
 
 def trace(board: Board, program: Path, images: torch.Tensor) -> list[Layer]:
     """read_trace of the first image's inference. Raises UserError when QEMU hangs."""
-    folder = program.parent
-    write_images(images[:1], folder)
-    log = folder / "trace.log"
-    done = emulate(board, program, "-d", "in_asm,exec,nochain", "-D", str(log))
+    log = program.parent / "trace.log"
+    done = emulate(board, program, images[:1], "-d", "in_asm,exec,nochain", "-D", str(log))
     if done.returncode or not log.exists():
-        reason = " ".join(done.stderr.split())[:200]
-        raise UserError(f"{EMULATOR} {board.machine} left no log, exit {done.returncode}: {reason}")
+        words = f"left no log, exit code {done.returncode}: {complaint(done)}"
+        raise UserError(f"{EMULATOR} {board.machine} {words}")
     with open(log) as lines:
         return read_trace(lines)
 

@@ -18,12 +18,11 @@ import torch
 from edgecnn.deploy.integer import flat_maps, hwc_columns
 from edgecnn.errors import UserError
 from edgecnn.graph import INPUT, Graph, GraphError, Node, from_plain, shapes_of
-from edgecnn.quantized import SIGNED_OFFSET
+from edgecnn.quantized import MAX_BIAS, SIGNED_OFFSET
 
 SCHEMA_VERSION, IDENTIFIER = 3, b"TFL3"
 BUFFER_ALIGNMENT = 16  # bytes; the schema's force_align, which its Python writer leaves out
 # Where a bias has to stay for int32 accumulators: they add at most 2^29 to it (integer.SUM_LIMIT).
-MAX_BIAS = 2**30
 LOWEST = -128
 # The version of each operator that first took int8, per-channel convolutions included.
 OPERATOR_VERSIONS = {

@@ -28,6 +28,7 @@ def run_tool(
             cwd=folder,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
         )
@@ -47,6 +48,11 @@ def output_of(command: list[str], hint: str = "") -> str:
     if done.returncode:
         raise UserError(f"{command[0]} failed with exit code {done.returncode}: {complaint(done)}")
     return done.stdout
+
+
+def first_line(command: list[str]) -> str:
+    """The first line of what a program prints, such as its version."""
+    return next(iter(output_of(command).splitlines()), "it printed nothing")
 
 
 def complaint(done: subprocess.CompletedProcess) -> str:
