@@ -23,12 +23,12 @@ from edgecnn.schema import expected_tensors
 
 FP32, INT8, PACKED = "baseline_fp32", "baseline_int8", "pruned_50_int8"
 NAN, INFINITE = float("nan"), float("inf")
-REFERENCE = REPOSITORY / "checkpoints/reference"
+HEADLINE = REPOSITORY / "checkpoints/headline"
 
 
 def spoiled(folder: Path, name: str, spoil) -> Path:
     """A committed checkpoint, spoiled, as a file of the same name."""
-    checkpoint = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
+    checkpoint = torch.load(HEADLINE / f"{name}.pt", weights_only=True)
     spoil(checkpoint)
     path = folder / f"{name}.pt"
     torch.save(checkpoint, path)
@@ -222,7 +222,7 @@ def test_a_plain_state_dict_is_told_what_this_project_reads(tmp_path):
 
 
 def test_every_flipped_bit_of_a_record_is_found(tmp_path):
-    content = (REFERENCE / "baseline_int8.pt").read_bytes()
+    content = (HEADLINE / "baseline_int8.pt").read_bytes()
     path = tmp_path / "baseline_int8.pt"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         places = [content.index(archive.read(r)) for r in archive.infolist() if r.file_size > 99]
@@ -353,7 +353,7 @@ def test_a_byte_array_is_refused_before_it_is_allocated(tmp_path, data_read):
 
 def test_compressed_records_are_never_unpacked(tmp_path, data_read):
     path = tmp_path / "baseline_fp32.pt"
-    original = REFERENCE / "baseline_fp32.pt"
+    original = HEADLINE / "baseline_fp32.pt"
     with zipfile.ZipFile(original) as source, zipfile.ZipFile(path, "w") as target:
         for record in source.infolist():
             large = record.file_size > 10**6
@@ -402,7 +402,7 @@ def test_long_networks_are_judged_in_linear_time(tmp_path, pattern):
 
 def test_expected_tensors_are_those_that_files_hold():
     for name in (FP32, INT8, PACKED):
-        checkpoint = load_checkpoint(REFERENCE / f"{name}.pt")
+        checkpoint = load_checkpoint(HEADLINE / f"{name}.pt")
         held = {n: (t.dtype, tuple(t.shape)) for n, t in checkpoint["tensors"].items()}
         assert held == expected_tensors(checkpoint)
 
@@ -431,7 +431,7 @@ def test_names_by_number_and_of_any_length_load(tmp_path):
 
 
 def test_generated_c_uses_no_name_of_a_file():
-    checkpoint = load_checkpoint(REFERENCE / "baseline_int8.pt")
+    checkpoint = load_checkpoint(HEADLINE / "baseline_int8.pt")
     plain = c_source(checkpoint)
     nodes = checkpoint["graph"]["nodes"]
     names = {n["name"]: f"evil_{i}" for i, n in enumerate(nodes) if n["name"] != n["op"]}
