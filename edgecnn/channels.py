@@ -250,11 +250,10 @@ def require_reachable(graph: Graph, most_macs: float, multiple: int) -> None:
     if macs(left) <= most_macs:
         return
     if left == graph:
+        finer = ", or a smaller --multiple" if multiple > 1 else ""
         raise UserError(
             f"no channel can go: every group has at most {multiple} channels, or holds the image's "
-            "or the classes; take --structure weights"
-            + ", or a smaller --multiple"
-            * (multiple > 1)
+            f"or the classes; take --structure weights{finer}"
         )
     raise UserError(
         f"with {multiple} channels left in every group {macs(left):,} of {macs(graph):,} MACs remain, "

@@ -22,7 +22,9 @@ SIGNED_OFFSET = 128  # a device's int8 is torch's quint8 less this, at the same 
 HIGHEST = 255
 BATCH = 500  # images
 ROUNDING_LIMIT = 2.0**22  # above it, adding 1.5 * 2^23 in single precision no longer rounds
-MAX_BIAS = 2**30  # of an int32 bias, in steps of input scale x weight scale
+# Where a bias, in steps of input scale x weight scale, has to stay for int32 accumulators: they add
+# at most 2^29 to it (integer.SUM_LIMIT).
+MAX_BIAS = 2**30
 # QNNPACK adds inputs of 2^-14 to 2^8 of the output's scale (its own message); half of that is safe.
 MIN_ADD_RATIO, MAX_ADD_RATIO = 2.0**-13, 2.0**7
 

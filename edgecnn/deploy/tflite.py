@@ -22,7 +22,6 @@ from edgecnn.quantized import MAX_BIAS, SIGNED_OFFSET
 
 SCHEMA_VERSION, IDENTIFIER = 3, b"TFL3"
 BUFFER_ALIGNMENT = 16  # bytes; the schema's force_align, which its Python writer leaves out
-# Where a bias has to stay for int32 accumulators: they add at most 2^29 to it (integer.SUM_LIMIT).
 LOWEST = -128
 # The version of each operator that first took int8, per-channel convolutions included.
 OPERATOR_VERSIONS = {
