@@ -28,7 +28,7 @@ from edgecnn.cli import Parser, add_force_argument, add_run_arguments, run_names
 from edgecnn.compare import compare, sort_key, wilson_interval_percent
 from edgecnn.docs import NEEDED, TABLES, joined_files, render, table_files
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import elsewhere, json_bytes, read_rows, read_table
+from edgecnn.files import elsewhere, json_bytes, read_rows, read_table, rows_before, sha256
 from edgecnn.front import read_runs
 from edgecnn.hardware import read_hardware
 from edgecnn.names import command, results_dir
@@ -92,7 +92,7 @@ def evaluate_checkpoint(
     """
     import torch
 
-    from edgecnn.checkpoint import COMMIT, dataset_of, load_checkpoint, sha256
+    from edgecnn.checkpoint import COMMIT, dataset_of, load_checkpoint
     from edgecnn.inspection import counted
     from edgecnn.train import predict
     from mac_hooks import energy_score
@@ -198,17 +198,6 @@ def parse_arguments():
     return args
 
 
-def rows_before(path: Path, read, *arguments) -> list[dict]:
-    """What `read` finds in an earlier metrics.json or layers.json, none without it."""
-    try:
-        return read(path, *arguments) if path.exists() else []
-    except UserError as error:
-        reason = str(error).partition("; ")[0]
-        raise UserError(
-            f"{reason}; it is damaged: --force or deleting {path} makes it anew"
-        ) from None
-
-
 def pick(runs: list[str], words: list[str]) -> None:
     """Answer --budget from the runs' metrics.json. Exits with 1 when no variant fits."""
     limits = parse_budget(words)
@@ -229,7 +218,7 @@ def measure(paths: list[Path], args, before: list[dict] = ()) -> list[dict]:
 
     Raises UserError before any work.
     """
-    from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout, sha256
+    from edgecnn.checkpoint import dataset_of, load_checkpoint, require_unseen_holdout
     from edgecnn.data import load_judging
     from edgecnn.split import fingerprint
     from edgecnn.train import pick_device

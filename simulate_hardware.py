@@ -38,14 +38,14 @@ from edgecnn.deploy.cortex_m import (
 from edgecnn.deploy.ethos_u import ACCELERATOR, npu_cost, require_accelerator, vela_installed
 from edgecnn.deploy.tflite import write_tflite
 from edgecnn.errors import UserError, user_errors_exit_2
-from edgecnn.files import elsewhere, json_bytes, read_record, sha256
-from edgecnn.hardware import read_hardware
+from edgecnn.files import elsewhere, json_bytes, read_record, read_table, rows_before, sha256
 from edgecnn.names import EDGE, command, results_dir
 from edgecnn.quantized import quantize_images, with_zeros
 from edgecnn.step import COMMIT, Step, results_step, source_digests
 
 IMAGES = 20  # on which the emulated processor's outputs are held against this machine's
 ZEROS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the break-even picture
+KEPT = {"variant": None, "checkpoint_sha256": None}  # of a row that stays
 FROM_EXPORT = {
     "tflite_bytes": "tflite_bytes",
     "tflite_micro_arena_bytes": "tflite_micro_arena_bytes",
@@ -208,6 +208,9 @@ def main():
     if step.kept():
         return
     dataset, rows = dataset_of(checkpoints[paths[0]]), []
+    if not (args.break_even or args.force):  # what was measured of files that are not here stays
+        before = rows_before(step.outputs[0], read_table, "", KEPT)
+        rows = elsewhere(before, {path.stem: sha256(path) for path in paths})
     (images, _), _ = load_judging(dataset, args.data_dir)
     images = normalize(images[: args.images], dataset)
     if args.break_even:
@@ -216,9 +219,6 @@ def main():
         rows.append(hardware_row(path, checkpoints[path], images, folder / EDGE, args.accelerator))
         if "m4_instructions" in rows[-1]:
             print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
-    if not (args.break_even or args.force):  # what was measured of files that are not here stays
-        here = {path.stem: sha256(path) for path in paths}
-        rows = elsewhere(read_hardware(folder), here) + rows
     step.commit({step.outputs[0]: json_bytes(rows)})
     print(f"wrote {step.outputs[0]}")
 

@@ -176,10 +176,21 @@ def read_rows(path: Path, needed: dict, optional: dict | None = None) -> list[di
     return [row | {"criterion": criterion_name(row.get("criterion"))} for row in rows]
 
 
+def rows_before(path: Path, read, *arguments) -> list[dict]:
+    """What `read` finds in the file that a step wrote before, none without it; raises UserError."""
+    try:
+        return read(path, *arguments) if path.exists() else []
+    except UserError as error:
+        reason = str(error).partition("; ")[0]
+        raise UserError(
+            f"{reason}; it is damaged: --force or deleting {path} makes it anew"
+        ) from None
+
+
 def elsewhere(rows: list[dict], here: dict[str, str]) -> list[dict]:
     """Those rows whose checkpoint is not `here`, {variant: SHA-256}, by this name or another."""
     return [
         row
         for row in rows
-        if row.get("variant") not in here and row["checkpoint_sha256"] not in here.values()
+        if row["variant"] not in here and row["checkpoint_sha256"] not in here.values()
     ]

@@ -111,7 +111,7 @@ def test_a_missing_tool_is_not_measured_and_nothing_else_is_lost(exported, monke
     assert "not measured, no picture" in capsys.readouterr().out
 
 
-def test_what_was_counted_of_a_file_that_is_elsewhere_stays(exported, monkeypatch):
+def test_what_was_counted_of_a_file_that_is_elsewhere_stays(exported, monkeypatch, capsys):
     path, stays = (
         exported / "results/smoke/hardware.json",
         {"variant": "a", "checkpoint_sha256": "1"},
@@ -123,6 +123,9 @@ def test_what_was_counted_of_a_file_that_is_elsewhere_stays(exported, monkeypatc
         path.write_text(json.dumps([*rows, stays, row | {"variant": "renamed"}]))
         run_main("simulate_hardware", "--smoke", *force)
         assert read_json(path, "") == expected
+    path.write_text("<<<<<<< ours\n")
+    assert "--force" in fails(capsys, exported, "simulate_hardware", "--smoke")
+    run_main("simulate_hardware", "--smoke", "--force")
 
 
 def test_the_break_even_figures_and_their_picture_are_both_kept(exported, monkeypatch, capsys):
