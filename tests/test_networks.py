@@ -67,7 +67,11 @@ def test_ds_cnn_macs_layer_by_layer():
 
 @pytest.mark.parametrize(
     ("name", "width", "all_macs", "all_weights"),
-    [("edgeresnet", 32, 11_649_344, 72_176), ("edgeresnet_wide", 64, 35_832_448, 270_640)],
+    [
+        ("edgeresnet", 32, 11_649_344, 72_176),
+        ("edgeresnet_wide", 64, 35_832_448, 270_640),
+        ("edgeresnet_large", 128, 130_204_928, 1_054_640),
+    ],
 )
 def test_edgeresnet_macs_layer_by_layer(name, width, all_macs, all_weights):
     macs = 1024 * (27 + 9 * 16) * 16 + 256 * 9 * (16 * width + 2 * width * width)
