@@ -22,7 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgecnn.checkpoint import dataset_of, int8_of_lowest_seed, load_checkpoint, provenance
+from edgecnn.checkpoint import (
+    dataset_of,
+    int8_checkpoints,
+    load_checkpoint,
+    of_lowest_seed,
+    provenance,
+)
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -173,11 +179,11 @@ def parse_arguments():
     return args
 
 
-def int8_checkpoints(args, run: str) -> dict[Path, dict]:
+def chosen(args, run: str) -> dict[Path, dict]:
     """The checkpoints to export, all of them checked before the first takes its time."""
     if args.checkpoint:
         return {args.checkpoint: load_checkpoint(args.checkpoint, "int8")}
-    return int8_of_lowest_seed(run)
+    return of_lowest_seed(int8_checkpoints(run))
 
 
 def export_step(path: Path, folder: Path, args) -> Step:
@@ -211,7 +217,7 @@ def main():
     if not tflite_micro_installed():
         print("not measured: tflite-micro is missing; pip install -r firmware/requirements.txt")
         return
-    checkpoints = int8_checkpoints(args, run)
+    checkpoints = chosen(args, run)
     steps = {path: export_step(path, folder, args) for path in checkpoints}
     todo = [path for path, step in steps.items() if not step.kept()]
     judging = functools.cache(load_judging)

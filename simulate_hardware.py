@@ -9,8 +9,8 @@ Writes  results/hardware.json, whose figures evaluate.py joins to its tables
 
 Counted: instructions, flash and RAM of the linked program in QEMU. Measured: the interpreter's arena.
 Modelled: the NPU (by Arm's Vela) and cycles (keys with _modelled). What a missing tool would
-have given is null, "not measured". The INT8 variants of the lowest seed are taken; a run has one network
-and one data set.
+have given is null, "not measured". Taken are the INT8 variants of the lowest seed, and what else
+`export_edge.py --checkpoint` exported; a run has one network and one data set.
 """
 
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from edgecnn.checkpoint import dataset_of, int8_of_lowest_seed
+from edgecnn.checkpoint import dataset_of, int8_checkpoints, of_lowest_seed
 from edgecnn.cli import (
     Parser,
     add_force_argument,
@@ -171,9 +171,13 @@ def parse_arguments():
 
 
 def variants(run: str) -> dict[Path, dict]:
-    """The INT8 checkpoints of the lowest seed, the dense baseline first; raises UserError."""
-    found = int8_of_lowest_seed(run).items()
-    return dict(sorted(found, key=lambda item: item[1]["provenance"]["method"] != "baseline"))
+    """The INT8 checkpoints of the lowest seed, the dense baseline first, and of others what is
+    exported; raises UserError."""
+    found, edge = int8_checkpoints(run), results_dir(run) / EDGE
+    first = of_lowest_seed(found)
+    first = sorted(first.items(), key=lambda item: item[1]["provenance"]["method"] != "baseline")
+    exported = {p: c for p, c in found.items() if (edge / f"{p.stem}.tflite").exists()}
+    return dict(first) | exported
 
 
 def tools() -> dict[str, str]:

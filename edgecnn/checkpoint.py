@@ -229,15 +229,20 @@ def find_checkpoints(run: str) -> list[Path]:
     return paths
 
 
-def int8_of_lowest_seed(run: str) -> dict[Path, dict]:
-    """The run's INT8 checkpoints of its lowest seed, all checked; raises UserError without one."""
+def int8_checkpoints(run: str) -> dict[Path, dict]:
+    """The run's INT8 checkpoints, all checked; raises UserError without one."""
     checkpoints = {path: load_checkpoint(path) for path in find_checkpoints(run)}
     found = {path: c for path, c in checkpoints.items() if c["precision"] == "int8"}
     if not found:
         made_by = command("quantize", results_dir(run))
         raise UserError(f"this run has no int8 checkpoint; make one with: {made_by}")
-    first = min(checkpoint["provenance"]["seed"] for checkpoint in found.values())
-    return {path: c for path, c in found.items() if c["provenance"]["seed"] == first}
+    return found
+
+
+def of_lowest_seed(checkpoints: dict[Path, dict]) -> dict[Path, dict]:
+    """Those of the lowest seed among them."""
+    first = min(checkpoint["provenance"]["seed"] for checkpoint in checkpoints.values())
+    return {path: c for path, c in checkpoints.items() if c["provenance"]["seed"] == first}
 
 
 def require_unseen_holdout(checkpoint: dict, holdout: bool) -> None:

@@ -1,6 +1,7 @@
 """Step 7: figures joined to their checkpoint, "not measured", the break-even picture, git's figures."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, fails, run_main
@@ -109,6 +110,23 @@ def test_a_missing_tool_is_not_measured_and_nothing_else_is_lost(exported, monke
     assert read_json(exported / "results/smoke/break_even.json", "") == []
     run_main("plot_pareto", "--smoke", "--break-even")
     assert "not measured, no picture" in capsys.readouterr().out
+
+
+def test_of_other_seeds_what_is_exported_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeds = {"pruned_50": 1, "baseline": 1, "baseline_seed2": 2, "pruned_50_seed2": 2}
+    found = {
+        Path(f"{name}_int8.pt"): {"provenance": {"seed": seed, "method": name.split("_seed")[0]}}
+        for name, seed in seeds.items()
+    }
+    monkeypatch.setattr(simulate_hardware, "int8_checkpoints", lambda _run: found)
+    first = ["baseline_int8", "pruned_50_int8"]  # the dense one of the lowest seed leads
+    assert [path.stem for path in simulate_hardware.variants("mine")] == first
+    edge = tmp_path / "results/mine/edge"
+    edge.mkdir(parents=True)
+    (edge / "pruned_50_seed2_int8.tflite").touch()
+    taken = [path.stem for path in simulate_hardware.variants("mine")]
+    assert taken == [*first, "pruned_50_seed2_int8"]
 
 
 def test_what_was_counted_of_a_file_that_is_elsewhere_stays(exported, monkeypatch, capsys):
