@@ -206,6 +206,13 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
     run_main("plot_pareto", "--run", "headline", "channels", "taught", "wide", "resnet8")
     wide = ("--network", "edgeresnet_wide", "--run", "wide", "--headline", "--epochs", 40)
     run_main("train_baseline", *wide)
+    large = ("--network", "edgeresnet_large", "--run", "large", "--headline", "--epochs", 70)
+    run_main("train_baseline", *large)
+    zeros = ("--run", "wide", "--headline", "--criterion", "lamp")
+    zeros += ("--teacher", "checkpoints/large/baseline_fp32.pt", "--sparsity")
+    run_main("prune_finetune", *zeros, 0.7, "--epochs", 15)
+    start = ("--checkpoint", "checkpoints/wide/pruned_70_lamp_fp32.pt")
+    run_main("prune_finetune", *zeros, 0.88, "--epochs", 90, *start)
     recipe = (
         "--run",
         "edgeresnet",
