@@ -259,10 +259,11 @@ def evaluate_step(args, folder: Path, paths: list[Path]) -> Step:
 
     arguments = {"holdout": args.holdout, "smoke": args.smoke}
     parents = [*paths, *joined_files(folder)]
-    source = dataset_of(load_checkpoint(paths[0])).source
     outputs, code = (*TABLES, "layers.json"), source_digests("evaluate.py")
     step = results_step(folder, "evaluate", code, arguments, parents, outputs, args.force)
-    step.pictures = picture_digests(source, "train" if args.holdout else "test")
+    for path in paths[:1]:  # a run has one data set
+        source = dataset_of(load_checkpoint(path)).source
+        step.pictures = picture_digests(source, "train" if args.holdout else "test")
     return step
 
 
@@ -280,7 +281,7 @@ def main():
 
     if args.inspect:
         return print(inspection(args.inspect))
-    paths = args.checkpoints or find_checkpoints(runs[0])
+    paths = args.checkpoints or find_checkpoints(runs[0], or_figures=not args.force)
     if args.checkpoints:
         rows = measure(paths, args)
         return print(f"\n{accuracy_table(rows)}\n\n{cost_table(rows)}")

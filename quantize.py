@@ -30,7 +30,7 @@ from edgecnn.cli import Parser, add_force_argument, add_run_arguments, positive_
 from edgecnn.data import normalize, reload_training
 from edgecnn.errors import user_errors_exit_2
 from edgecnn.graph import to_plain
-from edgecnn.names import checkpoints_dir
+from edgecnn.names import checkpoints_dir, results_dir
 from edgecnn.quantized import int8_module, quantize, set_engine
 from edgecnn.rewrite import deployed
 from edgecnn.step import Step, variant_step
@@ -105,8 +105,9 @@ def main():
     set_engine(args.engine)
     arguments = {key: getattr(args, key) for key in DECISIVE}
     folder, only = checkpoints_dir(run), [args.checkpoint] if args.checkpoint else []
-    there = sorted(folder.glob("*_fp32.pt"))  # a clone may hold the INT8 ones alone
-    made = [path.with_stem(path.stem[:-4] + "fp32") for path in sorted(folder.glob("*_int8.pt"))]
+    there = sorted(folder.glob("*_fp32.pt"))
+    records = sorted(results_dir(run).glob("*_int8.json"))  # a clone may hold nothing else
+    made = [folder / f"{path.stem.removesuffix('int8')}fp32.pt" for path in records]
     reload = functools.cache(reload_training)
     for path in only or there or made or [folder / "baseline_fp32.pt"]:
         name = path.stem.removesuffix("_fp32") + "_int8"

@@ -22,6 +22,7 @@ from edgecnn.files import read_record, sha256
 from edgecnn.graph import Graph, from_plain, to_plain
 from edgecnn.module import module_of
 from edgecnn.names import (
+    COMMITTED_RUNS,
     NAME_PATTERN,
     checkpoints_dir,
     command,
@@ -215,12 +216,16 @@ def load_checkpoint(path: Path, precision: str | None = None) -> dict:
     return checkpoint
 
 
-def find_checkpoints(run: str) -> list[Path]:
-    """Every finished checkpoint of a run; raises UserError when there is none."""
+def find_checkpoints(run: str, or_figures: bool = False) -> list[Path]:
+    """Every finished checkpoint of a run; raises UserError when there is none.
+
+    With `or_figures` a committed run may have none: of some, git has the figures alone.
+    """
     folder = checkpoints_dir(run)
     paths = [path for path in sorted(folder.glob("*.pt")) if not path.stem.endswith(".resume")]
     paths = [path for path in paths if not path.name.startswith(".")]  # a killed run's leftovers
-    if not paths:
+    figures = results_dir(run) / "metrics.json"
+    if not paths and not (or_figures and run in COMMITTED_RUNS and figures.is_file()):
         made_by = command("train_baseline", results_dir(run))
         raise UserError(f"no checkpoint in {folder}; make one with: {made_by}")
     for path in paths:

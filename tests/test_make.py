@@ -197,6 +197,9 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         for how in ("--sparsity=0.5", "--sparsity=0", "--criterion=l1"):
             run_main("prune_finetune", "--run", "reference", "--seed", seed, how)
     run_main("quantize", "--run", "channels")  # whose INT8 checkpoints alone are in git
+    for run in ("sparse", "cuda"):  # of which git has no checkpoint
+        run_main("quantize", "--run", run)
+        run_main("evaluate", "--run", run)
     for run in ("reference", "headline"):
         run_main("quantize", "--run", run)
         run_main("export_edge", "--run", run, "--images", 10000)
