@@ -5,6 +5,7 @@ is a folder). Whatever the source, a split is uint8 (N, C, H, W) images and int6
 DataSet says the rest. Training never opens the test set.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -224,9 +225,15 @@ def load_judging(dataset: DataSet, data_dir: Path, holdout: bool = False) -> tup
 def normalize(images: torch.Tensor, dataset: DataSet) -> torch.Tensor:
     """uint8 (N, C, H, W) -> float32 of zero mean and unit variance a channel, channels last."""
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    mean = torch.tensor(dataset.mean, device=images.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(dataset.std, device=images.device).view(1, -1, 1, 1) * 255
+    mean, std = moments(dataset, images.device)
     return images.sub_(mean).div_(std)
+
+
+@functools.cache
+def moments(dataset: DataSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation a channel, in steps of a uint8: (1, C, 1, 1), copied to a device once."""
+    values = (dataset.mean, dataset.std)
+    return tuple(torch.tensor(v, device=device).view(1, -1, 1, 1) * 255 for v in values)
 
 
 def crop_padding(dataset: DataSet) -> int:
@@ -270,13 +277,12 @@ def augmented_batches(
     flips = torch.rand(count, generator=generator) < (
         0.5 if dataset.augment in ("flip", "both") else 0
     )
+    order, offsets, flips = (numbers.to(device) for numbers in (order, offsets, flips))
     batch_size = min(batch_size, count)
     for start in range(0, count - batch_size + 1, batch_size):
         part = range(start, start + batch_size)[share]
         part = slice(part.start, part.stop)
-        index = order[part].to(device)
-        dy, dx = offsets[:, part].to(device)
+        index, (dy, dx) = order[part], offsets[:, part]
         images = windows[index, :, dy, dx]  # (B, C, H, W)
-        flip = flips[part].to(device)[:, None, None, None]
-        images = torch.where(flip, images.flip(3), images)
+        images = torch.where(flips[part, None, None, None], images.flip(3), images)
         yield normalize(images, dataset), labels[index]

@@ -134,7 +134,10 @@ def train_epoch(
     torch.manual_seed(generator.initial_seed() * 1_009 + RANK + 1)
     batch_size = min(recipe.batch_size, len(labels))
     steps, share = len(labels) // batch_size, share_of(batch_size)
-    start, loss_sum, correct = time.perf_counter(), 0.0, 0
+    start = time.perf_counter()
+    # They stay on the device: to read them every step would keep a GPU waiting for the next one.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=padded.device)
+    correct = torch.zeros((), dtype=torch.int64, device=padded.device)
     bar = tqdm(
         augmented_batches(padded, labels, batch_size, generator, dataset, share),
         desc=f"epoch {epoch + 1}/{recipe.epochs}",
@@ -153,26 +156,22 @@ def train_epoch(
             part = recipe.distillation
             loss = (1 - part) * loss + part * distillation_loss(logits, taught)
         weight = len(targets) / batch_size  # of this process's mean in that of the batch
-        right = (logits.argmax(1) == targets).sum().item()
-        loss_value, right = total(weight * loss.item(), right)
-        if not math.isfinite(loss_value):
-            bar.close()
-            raise diverged(f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}")
+        loss_sum += weight * loss.detach().double()
+        correct += (logits.argmax(1) == targets).sum()
         optimizer.zero_grad()
         (PROCESSES * weight * loss).backward()  # DistributedDataParallel takes the mean of them
         optimizer.step()
         if after_step:
             after_step()
-        loss_sum += loss_value
-        correct += right
-        if step % 10 == 9:
-            bar.set_postfix(
-                loss=f"{loss_sum / (step + 1):.3f}", acc=f"{correct / (step + 1) / batch_size:.1%}"
-            )
+        if step % 10 == 9 and not bar.disable:
+            bar.set_postfix(loss=f"{loss_sum.item() / (step + 1):.3f}")
+    loss, right = total(loss_sum.item(), correct.item())
+    if not math.isfinite(loss):
+        raise diverged(f"the loss became {loss} in epoch {epoch + 1}")
     return {
         "epoch": epoch + 1,
-        "loss": loss_sum / steps,
-        "train_accuracy_percent": 100 * correct / (steps * batch_size),
+        "loss": loss / steps,
+        "train_accuracy_percent": 100 * right / (steps * batch_size),
         "learning_rate": rate,
         "seconds": time.perf_counter() - start,
     }
