@@ -66,21 +66,25 @@ def test_ds_cnn_macs_layer_by_layer():
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "all_macs", "all_weights"),
+    ("name", "width", "blocks", "all_macs", "all_weights"),
     [
-        ("edgeresnet", 32, 11_649_344, 72_176),
-        ("edgeresnet_wide", 64, 35_832_448, 270_640),
-        ("edgeresnet_large", 128, 130_204_928, 1_054_640),
+        ("edgeresnet", 32, (0, 1, 2), 11_649_344, 72_176),
+        ("edgeresnet_wide", 64, (0, 1, 2), 35_832_448, 270_640),
+        ("edgeresnet_deep", 40, (1, 3, 2), 35_721_616, 171_904),
+        ("edgeresnet_tiny", 48, (0, 0, 2), 11_207_136, 113_808),
+        ("edgeresnet_large", 128, (0, 1, 2), 130_204_928, 1_054_640),
     ],
 )
-def test_edgeresnet_macs_layer_by_layer(name, width, all_macs, all_weights):
-    macs = 1024 * (27 + 9 * 16) * 16 + 256 * 9 * (16 * width + 2 * width * width)
-    macs += 64 * 9 * 5 * width * width + 10 * width
-    weights = (27 + 9 * 16) * 16 + 9 * 16 * width + 9 * 7 * width * width + 10 * width
+def test_edgeresnet_macs_layer_by_layer(name, width, blocks, all_macs, all_weights):
+    layers = [(32, 27 * 16), (32, 9 * 16 * 16 * (1 + 2 * blocks[0]))]  # (side, weights)
+    layers += [(16, 9 * 16 * width), (16, 18 * width * width * blocks[1])]
+    layers += [(8, 9 * width * width), (8, 18 * width * width * blocks[2]), (1, 10 * width)]
+    macs, weights = sum(side**2 * n for side, n in layers), sum(n for _, n in layers)
+    channels = 16 * (2 + 2 * blocks[0]) + width * (2 + 2 * blocks[1] + 2 * blocks[2])
     report = count_macs(shipped(name), (3, 32, 32))
     assert report.macs == macs == all_macs
     assert report.weights == weights == all_weights
-    assert report.parameters == weights + 2 * (2 * 16 + 8 * width) + 10
+    assert report.parameters == weights + 2 * channels + 10
 
 
 def test_edgecnn_keeps_its_names_and_its_initial_bits():
