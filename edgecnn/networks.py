@@ -177,10 +177,9 @@ NETWORKS = {
     "mobilenet_v1_025": Shipped(MobileNetV1, (3, 96, 96), 2),
     "ds_cnn": Shipped(DSCNN, (1, 49, 10), 12),
     "edgeresnet": Shipped(EdgeResNet, (3, 32, 32), 10),
-    # drawn to lose weights: 35.8 M MACs, 270,640 weights; 35.7 M, 171,904; 11.2 M, 113,808
+    # drawn to lose weights: 35.8 M MACs and 270,640 weights, 35.7 M and 171,904
     "edgeresnet_wide": Shipped(partial(EdgeResNet, width=64), (3, 32, 32), 10),
     "edgeresnet_deep": Shipped(partial(EdgeResNet, width=40, blocks=(1, 3, 2)), (3, 32, 32), 10),
-    "edgeresnet_tiny": Shipped(partial(EdgeResNet, width=48, blocks=(0, 0, 2)), (3, 32, 32), 10),
     # drawn to teach: 130.2 M MACs, 1,054,640 weights
     "edgeresnet_large": Shipped(partial(EdgeResNet, width=128), (3, 32, 32), 10),
 }

@@ -197,7 +197,13 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         for how in ("--sparsity=0.5", "--sparsity=0", "--criterion=l1"):
             run_main("prune_finetune", "--run", "reference", "--seed", seed, how)
     run_main("quantize", "--run", "channels")  # whose INT8 checkpoints alone are in git
-    for run in ("sparse", "cuda"):  # of which git has no checkpoint
+    teacher = ("--teacher", "checkpoints/headline/baseline_fp32.pt", "--checkpoint")
+    more = ("--headline", "--sparsity", 0, "--epochs", 22, *teacher)
+    start, efforts = teacher[1], [f"effort_{epochs}" for epochs in (22, 44, 66, 88)]
+    for run in efforts:
+        run_main("prune_finetune", "--run", run, *more, start)
+        start = f"checkpoints/{run}/control_fp32.pt"
+    for run in ("sparse", "cuda", *efforts):  # of which git has no checkpoint
         run_main("quantize", "--run", run)
         run_main("evaluate", "--run", run)
     for run in ("reference", "headline"):
@@ -206,11 +212,16 @@ def test_the_committed_runs_are_kept_as_they_are(workdir, capsys, monkeypatch):
         run_main("simulate_hardware", "--run", run)
         run_main("evaluate", "--run", run)
         run_main("plot_pareto", "--run", run)
-    run_main("plot_pareto", "--run", "headline", "channels", "taught", "wide", "resnet8")
+    run_main("plot_pareto", "--run", "headline", "channels", "taught", "wide", "deep", "resnet8")
     wide = ("--network", "edgeresnet_wide", "--run", "wide", "--headline", "--epochs", 40)
     run_main("train_baseline", *wide)
     large = ("--network", "edgeresnet_large", "--run", "large", "--headline", "--epochs", 70)
     run_main("train_baseline", *large)
+    deep = ("--run", "deep", "--headline")
+    teacher = ("--teacher", "checkpoints/large/baseline_fp32.pt", "--epochs", 45)
+    run_main("train_baseline", "--network", "edgeresnet_deep", *deep, *teacher)
+    zeros = ("--criterion", "lamp", "--sparsity", 0.765, "--epochs", 6)
+    run_main("prune_finetune", *deep, *zeros)
     zeros = ("--run", "wide", "--headline", "--criterion", "lamp")
     zeros += ("--teacher", "checkpoints/large/baseline_fp32.pt", "--sparsity")
     run_main("prune_finetune", *zeros, 0.7, "--epochs", 15)

@@ -71,7 +71,6 @@ def test_ds_cnn_macs_layer_by_layer():
         ("edgeresnet", 32, (0, 1, 2), 11_649_344, 72_176),
         ("edgeresnet_wide", 64, (0, 1, 2), 35_832_448, 270_640),
         ("edgeresnet_deep", 40, (1, 3, 2), 35_721_616, 171_904),
-        ("edgeresnet_tiny", 48, (0, 0, 2), 11_207_136, 113_808),
         ("edgeresnet_large", 128, (0, 1, 2), 130_204_928, 1_054_640),
     ],
 )
