@@ -96,7 +96,7 @@ class EdgeResNet(nn.Sequential):
 
     Two convolutions, then twice one of stride 2 to `width` channels; so many residual `blocks` follow
     at each of the three resolutions. Stride-2 convolutions in the open need no shortcut of their own,
-    and leave most of the work to 8x8 and 16x16; channels come in sixteens, of which neither SIMD
+    and leave most of the work to 8x8 and 16x16; of channels in sixteens, as here, neither SIMD
     kernels nor an NPU waste any.
     """
 
