@@ -163,6 +163,51 @@ class DSCNN(nn.Sequential):
         self.fc = nn.Linear(64, classes)
 
 
+class Mixer(nn.Module):
+    """Depthwise, pointwise to `expand` times the channels, ReLU, pointwise back; added to the input.
+
+    Only the pointwise convolutions have many weights and only they see all channels, so most zeros go
+    there; the depthwise one works on the few channels, not on the many.
+    """
+
+    def __init__(self, channels: int, expand: int, kernel: int):
+        super().__init__()
+        self.depthwise = conv_bn(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.expand = conv_bn(channels, expand * channels, 1, padding=0, relu=nn.ReLU())
+        self.project = conv_bn(expand * channels, channels, 1, padding=0)
+
+    def forward(self, x):
+        return x + self.project(self.expand(self.depthwise(x)))
+
+
+class EdgeMixer(nn.Sequential):
+    """For the fewest MACs: a convolution of stride 2 between resolutions, Mixer blocks at each.
+
+    `widths` channels and so many `blocks` from 32x32 on, each resolution half of the one before.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        input_shape: Shape = (3, 32, 32),
+        widths: tuple[int, ...] = (16, 32, 64),
+        blocks: tuple[int, ...] = (0, 1, 3),
+        expand: int = 3,
+        kernel: int = 5,
+    ):
+        super().__init__()
+        channels, numbers = input_shape[0], itertools.count(1)
+        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            name, stride = (f"down{stage}", 2) if stage else ("stem", 1)
+            self.add_module(name, conv_bn(channels, width, stride=stride, relu=nn.ReLU()))
+            channels = width
+            for _ in range(count):
+                self.add_module(f"block{next(numbers)}", Mixer(channels, expand, kernel))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(channels, classes)
+
+
 class Shipped(NamedTuple):
     """A network of this project, with the image and the classes that it was drawn for."""
 
@@ -180,6 +225,7 @@ NETWORKS = {
     # drawn to lose weights: 35.8 M MACs and 270,640 weights, 35.7 M and 171,904
     "edgeresnet_wide": Shipped(partial(EdgeResNet, width=64), (3, 32, 32), 10),
     "edgeresnet_deep": Shipped(partial(EdgeResNet, width=40, blocks=(1, 3, 2)), (3, 32, 32), 10),
+    "edgemixer": Shipped(EdgeMixer, (3, 32, 32), 10),
     # drawn to teach: 130.2 M MACs, 1,054,640 weights
     "edgeresnet_large": Shipped(partial(EdgeResNet, width=128), (3, 32, 32), 10),
 }
