@@ -190,9 +190,9 @@ class EdgeMixer(nn.Sequential):
         self,
         classes: int = 10,
         input_shape: Shape = (3, 32, 32),
-        widths: tuple[int, ...] = (16, 32, 64),
+        widths: tuple[int, ...] = (16, 24, 64),
         blocks: tuple[int, ...] = (0, 1, 3),
-        expand: int = 3,
+        expand: int = 2,
         kernel: int = 5,
     ):
         super().__init__()
