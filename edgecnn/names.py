@@ -21,7 +21,7 @@ EDGE, STEPS, FRONT = "edge", "steps", "front"  # folders below results/ that are
 # Runs whose figures are in git, and of their files only some: the rest is not missed.
 COMMITTED_RUNS = ("reference", "headline", "channels", "edgeresnet", "taught")
 COMMITTED_RUNS += ("wide", "sparse", "large", "cuda", "resnet8", "resnet8_taught")
-COMMITTED_RUNS += ("deep", "effort_22", "effort_44", "effort_66", "effort_88")
+COMMITTED_RUNS += ("deep", "tiny", "effort_22", "effort_44", "effort_66", "effort_88")
 COMMITTED_RUNS += ("mnist", "ablation", FRONT)
 RENAMED_CRITERIA = {"l1-normalized": "layer-rank"}  # as files made before call it
 

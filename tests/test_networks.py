@@ -86,6 +86,15 @@ def test_edgeresnet_macs_layer_by_layer(name, width, blocks, all_macs, all_weigh
     assert report.parameters == weights + 2 * channels + 10
 
 
+def test_edgemixer_macs_layer_by_layer():
+    layers = [(32, 27 * 16), (16, 9 * 16 * 24), (8, 9 * 24 * 64), (1, 10 * 64)]  # (side, weights)
+    for side, width, blocks in ((16, 24, 1), (8, 64, 3)):
+        layers += [(side, 25 * width), (side, 2 * 2 * width * width)] * blocks
+    report = count_macs(shipped("edgemixer"), (3, 32, 32))
+    assert report.macs == sum(side**2 * n for side, n in layers) == 6_408_832
+    assert report.weights == sum(n for _, n in layers) == 75_208
+
+
 def test_edgecnn_keeps_its_names_and_its_initial_bits():
     """SHA-256 of seed 5, as when the committed weights were trained."""
     torch.manual_seed(5)
