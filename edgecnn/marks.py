@@ -26,6 +26,7 @@ RUNS = (
     ("D", "#000000"),
     ("v", "#E69F00"),
     ("P", "#56B4E9"),
+    ("X", "#009E73"),
 )
 CI_KEYS = ("accuracy_ci95_low_percent", "accuracy_ci95_high_percent")  # optional
 LABEL_LENGTH = 24  # longer names are cut, or one label could be wider than its panel
