@@ -30,10 +30,11 @@ BAND_NOTE = (
     )
 )
 ALWAYS_SHOWN = ("baseline", "control", "pruned_50")  # the methods that every table names
+INTERPRETER_ACCURACY = "tflite_micro_accuracy_percent"
 # Against ResNet-8, each axis once: its name, the key, a unit, decimals, whether more is better.
 AXES = (
     ("Accuracy %, measured (ResNet-8: as published)", "accuracy_percent", 1, 2, True),
-    ("Accuracy %, tflite-micro, measured", "tflite_micro_accuracy_percent", 1, 2, True),
+    ("Accuracy %, tflite-micro, measured", INTERPRETER_ACCURACY, 1, 2, True),
     (".tflite file, KiB", "tflite_bytes", KIB, 1, False),
     ("MACs of dense kernels, M, counted", "macs", 1e6, 2, False),
     ("Non-zero MACs, M, counted (ResNet-8: all)", "macs_nonzero", 1e6, 2, False),
@@ -156,18 +157,23 @@ def energy_table(rows: list[dict]) -> str:
     return columns(with_figures(rows, "energy_"), parts)
 
 
+def on_all_images(row: dict) -> bool:
+    """Whether the interpreter ran on all test images, as far as the row tells."""
+    return row.get("tflite_micro_images") in (None, row.get("test_images"))
+
+
+def interpreter_accuracy(row: dict) -> str:
+    """Percent under tflite-micro and, where it ran on a part of the test images, on how many."""
+    text = scaled(row, INTERPRETER_ACCURACY, 1, 2)
+    return text if on_all_images(row) else f"{text} of {row['tflite_micro_images']:,}"
+
+
 def npu_table(rows: list[dict]) -> str:
     """The .tflite file under the interpreter, measured, and on the NPU, modelled by Vela."""
-
-    def accuracy(row):
-        text = scaled(row, "tflite_micro_accuracy_percent", 1, 2)
-        images = row.get("tflite_micro_images")
-        return text if images in (None, row.get("test_images")) else f"{text} of {images:,}"
-
     return columns(
         with_figures(rows, "tflite_", "u55_"),
         {
-            "Accuracy %, tflite-micro": accuracy,
+            "Accuracy %, tflite-micro": interpreter_accuracy,
             ".tflite, KiB": key("tflite_bytes", KIB, 1),
             "Arena, KiB": key("tflite_micro_arena_bytes", KIB, 1),
             "Ethos-U55-128 cycles, thousand": key("u55_128_cycles_modelled", 1e3),
@@ -195,8 +201,13 @@ def cortex_m_table(rows: list[dict]) -> str:
 
 
 def better_axes(row: dict) -> list[bool]:
-    """On which of AXES a variant beats ResNet-8; what was not measured beats nothing."""
+    """On which of AXES a variant beats ResNet-8; what was not measured beats nothing.
+
+    Nor does the interpreter's accuracy on a part of the images: the peer's is of all.
+    """
     peer = RESNET8 | stm32l4r5_energy_uj(RESNET8)
+    if not on_all_images(row):
+        row = row | {INTERPRETER_ACCURACY: None}
     return [
         row.get(name) is not None and (row[name] > peer[name] if more else row[name] < peer[name])
         for _, name, _, _, more in AXES
@@ -217,6 +228,8 @@ def resnet8_table(rows: list[dict]) -> str:
     for i, (what, name, unit, decimals, _) in enumerate(AXES):
 
         def text(row, name=name, unit=unit, decimals=decimals):
+            if name == INTERPRETER_ACCURACY:
+                return interpreter_accuracy(row)
             return energy(row) if decimals is None else scaled(row, name, unit, decimals)
 
         cells = [f"**{text(r)}**" if b[i] else text(r) for r, b in zip(ours, better, strict=True)]

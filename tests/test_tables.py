@@ -137,6 +137,14 @@ def test_the_peer_is_beaten_axis_by_axis():
             assert not changed[i] and sum(changed) == len(AXES) - 2
 
 
+def test_a_part_of_the_images_beats_no_accuracy_of_all_of_them():
+    part = linked("baseline_int8", method="baseline", tflite_micro_images=1000)
+    won = dict(zip((key for _, key, *_ in AXES), better_axes(part), strict=True))
+    assert not won["tflite_micro_accuracy_percent"] and won["accuracy_percent"]
+    line = next(line for line in cells(resnet8_table([part])) if "tflite-micro, m" in line[0])
+    assert line[-1] == f"{part['tflite_micro_accuracy_percent']:.2f} of 1,000"
+
+
 def test_the_peers_table_has_each_axis_once_and_marks_what_is_better():
     rows = [linked("baseline_int8", method="baseline", tflite_bytes=629_968), linked()]
     rows += [linked("pruned_95_int8", macs_nonzero=1), linked("pruned_80_int8", macs_nonzero=9e9)]
