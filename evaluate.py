@@ -231,8 +231,12 @@ def measure(paths: list[Path], args, before: list[dict] = ()) -> list[dict]:
         checkpoint = load_checkpoint(path)
         require_unseen_holdout(checkpoint, args.holdout and not args.smoke)
         datasets.append(dataset_of(checkpoint))
-    if len(set(datasets)) > 1:
-        raise UserError("these checkpoints were trained on different data; give each its own --run")
+    other = next((p for p, d in zip(paths, datasets, strict=True) if d != datasets[0]), None)
+    if other:
+        raise UserError(
+            f"{other} was trained on other data or another input shape than {paths[0]}; move one of "
+            "them to a run of its own"
+        )
     device = pick_device(args.device)
     data, test_set = load_judging(datasets[0], args.data_dir, args.holdout)
     seen = {"test_set": test_set, "test_images": len(data[1]), "test_sha256": fingerprint(data)}

@@ -562,7 +562,9 @@ def main(argv: list[str] | None = None) -> int:
         from torchvision import models
 
         if args.model not in models.list_models(module=models):
-            raise ValueError(f"unknown torchvision classification model {args.model!r}")
+            raise ValueError(
+                f"torchvision has no model {args.model!r} for classification; see its list_models()"
+            )
         with warnings.catch_warnings(action="ignore"):  # two announce other initial weights
             report = count_macs(models.get_model(args.model, weights=None), tuple(args.input_size))
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:

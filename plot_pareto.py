@@ -52,7 +52,16 @@ from edgecnn.marks import (
     styles_of,
 )
 from edgecnn.names import TEST_SET, results_dir
-from edgecnn.panels import ENERGY, FLASH, PANELS, SCORE, complete, panel_axis, references_for
+from edgecnn.panels import (
+    ENERGY,
+    ENERGY_LABEL,
+    FLASH,
+    PANELS,
+    SCORE,
+    complete,
+    panel_axis,
+    references_for,
+)
 from edgecnn.shading import budget_note, shade
 from edgecnn.step import results_step, source_digests
 
@@ -183,7 +192,8 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
         ends = [*costs, *(cost for _, cost, _ in references)]
         if bound:  # the limit too, so far as a region below it has anything to show
             ends.append(min(max(limits[bound], min(ends) / 2), max(ends)))
-        set_cost_axis(panel, ends, label)
+        measured = joint and references and key == ENERGY[0] and not bound
+        set_cost_axis(panel, ends, ENERGY_LABEL if measured else label)
         panel.grid(color="#DDDDDD", lw=0.6)
         panel.set_axisbelow(True)
         if limits:

@@ -52,6 +52,7 @@ FROM_EXPORT = {
     "accuracy_percent": "tflite_micro_accuracy_percent",
     "parity_images": "tflite_micro_images",
 }
+OF_TFLITE = ("tflite_", "u55_")  # how the keys of its figures begin
 
 
 # ---- one variant -------------------------------------------------------------------------------
@@ -95,14 +96,26 @@ def cortex_m(checkpoint: dict, images: torch.Tensor) -> dict:
 
 
 def hardware_row(
-    path: Path, checkpoint: dict, images: torch.Tensor, folder: Path, accelerator: str
+    path: Path,
+    checkpoint: dict,
+    images: torch.Tensor,
+    folder: Path,
+    accelerator: str,
+    before: list[dict],
 ) -> dict:
-    """One row of hardware.json. Raises UserError where a tool fails."""
+    """One row of hardware.json. Raises UserError where a tool fails.
+
+    Without the .tflite its figures are those that a row `before` has of the same checkpoint.
+    """
     digest = sha256(path)
     tflite, figures = exported(folder, path.stem, digest)
     row = {"variant": path.stem, "checkpoint_sha256": digest, "hardware_commit": COMMIT, **figures}
     if tflite and vela_installed():
         row |= npu_cost(tflite, accelerator)
+    last = next((r for r in before if r["checkpoint_sha256"] == digest), {})
+    if tflite is None and last.get("tflite_bytes") is not None:
+        row |= {key: last[key] for key in last if key.startswith(OF_TFLITE)}
+        print(f"{path.stem}: what was measured of that .tflite stays")
     return row | cortex_m(checkpoint, images)
 
 
@@ -211,7 +224,7 @@ def main():
     step = hardware_step(args, folder, paths)
     if step.kept():
         return
-    dataset, rows = dataset_of(checkpoints[paths[0]]), []
+    dataset, rows, before = dataset_of(checkpoints[paths[0]]), [], []
     if not (args.break_even or args.force):  # what was measured of files that are not here stays
         before = rows_before(step.outputs[0], read_table, "", KEPT)
         rows = elsewhere(before, {path.stem: sha256(path) for path in paths})
@@ -220,7 +233,8 @@ def main():
     if args.break_even:
         rows = break_even(checkpoints[paths[0]], images, args.accelerator)
     for path in [] if args.break_even else paths:
-        rows.append(hardware_row(path, checkpoints[path], images, folder / EDGE, args.accelerator))
+        parts = checkpoints[path], images, folder / EDGE, args.accelerator, before
+        rows.append(hardware_row(path, *parts))
         if "m4_instructions" in rows[-1]:
             print(f"{path.stem}: {rows[-1]['m4_instructions'] / 1e6:.2f} M instructions")
     step.commit({step.outputs[0]: json_bytes(rows)})

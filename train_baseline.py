@@ -118,7 +118,8 @@ def note_few_steps(args, images: int) -> None:
     """Say where the recipe, drawn for 50,000 images, leaves a small data set all but untrained."""
     steps = args.epochs * max(1, images // args.batch_size)
     if steps < FEW_STEPS and not args.smoke:
-        print(f"note: {steps} steps in all are few; give a smaller --batch-size or more --epochs")
+        smaller = "a smaller --batch-size or " if args.batch_size > 1 else ""
+        print(f"note: few steps in all, {steps}: give {smaller}more --epochs")
 
 
 def note_given(args, model, train, dataset, device) -> None:

@@ -83,7 +83,9 @@ def unit(archive, path: Path, split: str, values: np.ndarray) -> int:
 
 def rounded(values: np.ndarray, levels: int, where: str) -> np.ndarray:
     """Floats (N, H, W, C) -> uint8, times `levels`. Raises UserError for what is no pixel."""
-    if not (values.min() >= 0 and values.max() * levels <= 255):  # NaN fails both
+    if np.isnan(values.min()):
+        raise UserError(f"{where} holds NaN, which is no pixel; supported: 0..1 or 0..255")
+    if not (values.min() >= 0 and values.max() * levels <= 255):
         raise UserError(
             f"{where} goes from {values.min():g} to {values.max():g}; "
             f"supported: {'0..1' if levels == 255 else '0..255'}, as in x_train"

@@ -124,7 +124,10 @@ def limit_value(item: str, text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise UserError(f"--budget {item}: {text or 'nothing'} is not a number above 0")
+        raise UserError(
+            f"--budget {item}: {text or 'nothing'} is not a number above 0; give key=value, several "
+            "with spaces between them"
+        )
     return value
 
 
@@ -195,7 +198,8 @@ def number(value: float) -> str:
 def misses(row: dict, limits: dict[str, float]) -> str:
     """By how much a row misses each limit that it misses."""
     return ", ".join(
-        f"{name} by {number(abs(amount(row, name) - limit))} {LIMITS[name].unit} "
+        f"{name} by {number(abs(amount(row, name) - limit))} "
+        f"{LIMITS[name].unit.replace('%', 'points')} "
         f"({100 * excess(row, name, limit):.0f} %)"
         for name, limit in limits.items()
         if excess(row, name, limit) > 0

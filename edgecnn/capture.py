@@ -38,7 +38,7 @@ from edgecnn.networks import user_line
 
 SUPPORTED = (
     "supported are Conv2d (zero padding, no dilation, groups 1 or depthwise), BatchNorm right after "
-    "a Conv2d or Linear, ReLU, ReLU6, MaxPool2d, AvgPool2d, average pooling to 1x1, Linear, adding "
+    "a Conv2d or Linear, ReLU, ReLU6, MaxPool2d, AvgPool2d, adaptive average pooling, Linear, adding "
     "two activations, flattening, Dropout, a last softmax"
 )
 BATCH = 2  # images of the example: with one, batch and classes could be confused

@@ -263,7 +263,9 @@ def require_unseen_holdout(checkpoint: dict, holdout: bool) -> None:
 def precision_hint(origin: dict, precision: str) -> str:
     """Which file to give instead of one of the other precision."""
     parent = origin.get("parent")
-    return f"its parent {parent}" if parent and parent.endswith(precision) else f"a {precision} one"
+    return (
+        f"its parent {parent}" if parent and parent.endswith(precision) else f"an {precision} one"
+    )
 
 
 def graph_of(checkpoint: dict) -> Graph:

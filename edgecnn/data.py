@@ -142,6 +142,15 @@ def load_training(
     return dataset, (images[rest], labels[rest]), (images[held], labels[held])
 
 
+def require_source(dataset: DataSet) -> None:
+    """Raise UserError where a checkpoint's own pictures are no longer where they were."""
+    if dataset.kind in ("folder", "npz") and not Path(dataset.source).exists():
+        raise UserError(
+            f"{printable(dataset.source):.200}, which this run was trained on, is not there; put it "
+            "back, or start the command in the folder where the training was started"
+        )
+
+
 def reload_training(
     dataset: DataSet, data_dir: Path, holdout: bool = False
 ) -> tuple[Split, Split | None]:
@@ -149,6 +158,7 @@ def reload_training(
 
     Raises UserError when the pictures are not those that the checkpoint was trained on.
     """
+    require_source(dataset)
     found, train, validation = load_training(dataset.source, data_dir, dataset.shape, holdout)
     if (found.classes, found.fingerprint) != (dataset.classes, dataset.fingerprint):
         raise UserError(
@@ -160,6 +170,7 @@ def reload_training(
 
 def load_test(dataset: DataSet, data_dir: Path) -> Split:
     """The test split of a data set; raises UserError when its classes are no longer the same."""
+    require_source(dataset)
     classes, split = read_split(dataset.source, "test", data_dir, dataset.shape)
     if classes != dataset.classes:
         raise UserError(

@@ -242,12 +242,13 @@ def default_input_shape(text: str) -> Shape | None:
 def load_network(text: str, classes: int, input_shape: Shape) -> nn.Module:
     """A shipped network by its name, or `file.py:Name`: a class or function of the user's.
 
-    Name is called with those of `classes` and `input_shape` that it takes by these names. The file
-    is executed; its folder can be imported from meanwhile. Weights come from torch's random state.
+    Name is called with those of `classes` (`num_classes` too, torchvision's word) and `input_shape`
+    that it takes by these names. The file is executed; its folder can be imported from meanwhile.
+    Weights come from torch's random state.
     Raises UserError where there is no such file or name, where either raises, or gives no module.
     """
     make = NETWORKS[text].make if text in NETWORKS else user_callable(text)
-    offered = {"classes": classes, "input_shape": tuple(input_shape)}
+    offered = {"classes": classes, "num_classes": classes, "input_shape": tuple(input_shape)}
     with user_code(text), warnings.catch_warnings():
         # of layers without an element, for an image too small: capture says so in one line
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")

@@ -150,6 +150,9 @@ def list_split(folder: Path, split: str) -> tuple[tuple[str, ...], list[tuple[st
     """
     names = class_names(folder)
     own_split = "train" in names
+    almost = [name for name in names if name.lower() == "train" and not own_split]
+    if almost:
+        raise UserError(f"{folder} has {almost[0]}/: call it train/, and the other test/")
     if own_split and "test" not in names:
         raise UserError(f"{folder} has train/ and no test/ beside it; supported: {LAYOUT}")
     if own_split:

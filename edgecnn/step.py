@@ -3,8 +3,9 @@
 A step writes its files and, last, a record: a JSON with its `arguments` and the SHA-256 of the
 sources (`code`), of the files it read (`parents`) and of those it wrote (`outputs`). Of a variant
 the record is results/<run>/<variant>.json; other steps have results/<run>/steps/<step>.json. Asked
-again, the step compares: nothing new, and it is kept; other arguments are refused; other parents or
-code, or a lost file, and it is made anew. Imports no torch.
+again, the step compares: nothing new, and it is kept; other arguments, or another checkpoint from
+outside the run, are refused; other parents or code, or a lost file, and it is made anew. Imports no
+torch.
 """
 
 import ast
@@ -118,8 +119,8 @@ class Step:
     def kept(self) -> bool:
         """Whether there is nothing to do; says so, or why the result is made anew.
 
-        Raises UserError, before any work, where the result was made with other arguments or cannot
-        be written.
+        Raises UserError, before any work, where the result was made with other arguments or from
+        another file than one of another run that is given now, or cannot be written.
         """
         self.require_same_arguments()
         self.digests = {n: sha256(path) for n, path in self.named_parents.items() if path.is_file()}
@@ -191,6 +192,7 @@ class Step:
             other, spoiled = ["no record of it"], []
         what = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         if changed:
+            self.require_own(changed)
             return f"{', '.join(changed)} changed", ""
         if spoiled:
             return f"{spoiled[0]} is not the file that this step wrote", ""
@@ -199,6 +201,25 @@ class Step:
         notes = [f"made by other code ({what})"] if other else []
         notes += [f"{gone[0]} is not here"] if gone else []
         return None, "; ".join([*notes, "--force makes it anew"]) if notes else ""
+
+    def require_own(self, changed: list[str]) -> None:
+        """Raise UserError where a changed parent is a checkpoint from elsewhere than the record's.
+
+        Where it lay, it was made anew; another place may hold quite another network of that name.
+        """
+        record = self.read()
+        if record is None:
+            return
+        given = record["arguments"] if isinstance(record.get("arguments"), dict) else {}
+        named = [given[key] for key in ("checkpoint", "teacher") if isinstance(given.get(key), str)]
+        known = [checkpoints_dir(self.run), *(Path(text).parent for text in named)]
+        for name, path in self.named_parents.items():
+            there = any(path.resolve().parent == folder.resolve() for folder in known)
+            if name in changed and path.suffix == ".pt" and not there:
+                raise UserError(
+                    f"{self.outputs[0]} was made from another file than {path}; give another --run, "
+                    "or --force to replace it"
+                )
 
     def changed_parents(self, recorded: dict, committed: bool) -> list[str]:
         """Names of parents that are not those recorded; one that is not here cannot have changed."""

@@ -27,7 +27,7 @@ def load_teacher(path: Path, dataset: DataSet, holdout: bool) -> nn.Module:
     other = [key for key in keys if getattr(theirs, key) != getattr(dataset, key)]
     if other:
         raise UserError(
-            f"{path} cannot teach here: its data set {theirs.name} has another {', '.join(other)} "
-            f"than {dataset.name}; give a teacher that was trained on the same --data"
+            f"{path} cannot teach here: its data set {theirs.name} differs in {', '.join(other)} "
+            f"from {dataset.name}; give a teacher that was trained on the same --data"
         )
     return module_of(*deployed(graph_of(checkpoint), checkpoint["tensors"])).eval()

@@ -108,7 +108,7 @@ def accuracy_percent(model: nn.Module, data: Split, dataset: DataSet, device="cp
 
 def diverged(what: str) -> UserError:
     """The error of a run whose numbers left the finite range."""
-    return UserError(f"{what}; the last good state is kept: lower --learning-rate and start again")
+    return UserError(f"{what}; start again with a lower --learning-rate, and --force")
 
 
 def distillation_loss(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:

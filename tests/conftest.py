@@ -62,6 +62,17 @@ def copy(smoke, workdir):
     return workdir
 
 
+def changed(path, target, change):
+    """A checkpoint at `target` that differs from the one at `path`."""
+    import torch
+
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, target)
+    return target
+
+
 def row(variant, accuracy, size_bytes, energy, **fields):
     """A made-up row of metrics.json, as far as comparing needs it."""
     name = NAME_PATTERN.fullmatch(variant)

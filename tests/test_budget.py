@@ -169,7 +169,7 @@ def test_nothing_fits_names_the_nearest_miss():
     # pruned_95 misses the floor by 1.9 %, pruned_90 misses flash by 40 %.
     assert not fits and "0 of 5" in text
     assert (
-        "Nothing fits. Nearest miss: pruned_95_int8, 83.90 %, misses accuracy by 1.6 % (2 %)."
+        "Nothing fits. Nearest miss: pruned_95_int8, 83.90 %, misses accuracy by 1.6 points (2 %)."
         in text
     )
 

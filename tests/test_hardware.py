@@ -177,6 +177,20 @@ def test_an_export_of_other_weights_is_not_taken(exported, capsys):
     assert "python export_edge.py" in capsys.readouterr().out
 
 
+def test_what_was_measured_of_a_tflite_that_is_gone_stays(exported, capsys):
+    path = exported / "results/smoke/hardware.json"
+    run_main("simulate_hardware", "--smoke", "--images", 1)
+    (before,) = read_json(path, "")
+    (exported / "results/smoke/edge/pruned_50_int8.tflite").unlink()
+    run_main("simulate_hardware", "--smoke", "--images", 1)
+    assert "pruned_50_int8: what was measured of that .tflite stays" in capsys.readouterr().out
+    assert read_json(path, "") == [before] and before["tflite_bytes"] > 0
+    path.write_text(json.dumps([before | {"checkpoint_sha256": "0"}]))
+    run_main("simulate_hardware", "--smoke", "--images", 1)
+    (row,) = read_json(path, "")  # of another checkpoint nothing does
+    assert row["tflite_bytes"] is None and not any(key.startswith("u55_") for key in row)
+
+
 def test_outputs_that_differ_between_the_processors_are_refused(exported, monkeypatch, capsys):
     real = simulate_hardware.cortex_m_row
 

@@ -193,6 +193,13 @@ def test_what_names_no_network_is_refused_in_one_line(nets):
 # ---- a user's weights ------------------------------------------------------------------------------
 
 
+def test_a_network_may_call_the_classes_as_torchvision_does(tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\ndef net(num_classes):\n    return nn.Linear(2, num_classes)\n"
+    )
+    assert load_network(f"{tmp_path}/nets.py:net", 7, (3, 8, 8)).out_features == 7
+
+
 @pytest.fixture
 def weights(tmp_path):
     """A network of class OddResNet with its state_dict in a file."""

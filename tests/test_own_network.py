@@ -202,7 +202,7 @@ def test_given_weights_say_how_well_they_know_the_pictures(workdir, capsys):
     stored = load_checkpoint(Path("checkpoints/given/baseline_fp32.pt"))["tensors"]
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in stored.items())
     run_main("train_baseline", *own, "--run", "few", "--epochs", 2)
-    assert "note: 2 steps in all are few" in capsys.readouterr().out
+    assert "note: few steps in all, 2: give a smaller --batch-size" in capsys.readouterr().out
     for run, *given in (("few", "--weights", "mine.pt"), ("given",)):
         error = fails(capsys, workdir, "train_baseline", *own, "--run", run, *given)
         assert "was made with" in error and "weights" in error

@@ -321,7 +321,7 @@ class Bomb:
         ({"x_train": noise(20, channels=2)}, "with 1 or 3 channels"),
         ({"x_train": noise(0)}, "supported: "),
         ({"x_train": noise(20) - 1e-3}, "goes from .* supported: 0..255"),
-        ({"x_train": np.full((20, 8, 8), np.nan)}, "goes from nan to nan"),
+        ({"x_train": np.full((20, 8, 8), np.nan)}, "holds NaN, which is no pixel"),
         ({"x_train": np.full((20, 8, 8), 7, np.uint8)}, "every pixel of a channel is the same"),
         ({"x_train": np.array([[Bomb()]], dtype=object)}, "x_train is object"),
         ({"y_train": np.array([Bomb()] * 20, dtype=object)}, "y_train is object"),
@@ -428,6 +428,7 @@ def empty(folder):
         (one_class, "one class only, cat"),
         (odd_name, r"class name 'a\\x1b\[31m\\nb' is not"),
         (no_test, "has train/ and no test/ beside it"),
+        (lambda f: (f / "train").rename(f / "Train"), "my_images has Train/: call it train/"),
         (empty, r"no class folders; supported: train/<class>/\* and"),
     ],
 )
@@ -436,6 +437,15 @@ def test_a_wrong_folder_is_refused_in_one_line_and_nothing_written(folder, spoil
     with pytest.raises(UserError, match=message) as error:
         data.load_training("my_images", "cache", SIZE)
     assert "\n" not in str(error.value) and not (folder.parent / "cache").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pictures_that_are_gone_are_asked_back(folder, split):
+    found = data.load_training("my_images", "cache", SIZE)[0]
+    folder.rename(folder.with_name("elsewhere"))
+    again = data.reload_training if split == "train" else data.load_test
+    with pytest.raises(UserError, match="my_images, which this run was trained on, is not there"):
+        again(found, "cache")
 
 
 @pytest.mark.parametrize("source", ["nowhere", "x" * 300, "a\nb", "picture.png"])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import changed, fails, run_main
 
 from edgecnn.checkpoint import float_module, load_checkpoint
 from edgecnn.data import load_sample, normalize
@@ -53,6 +53,22 @@ def test_quantized_pruned_network_keeps_its_zeros_in_a_smaller_file(smoke):
         (smoke / f"{FOLDER}/{name}_int8.pt").stat().st_size for name in ("pruned_50", "baseline")
     ]
     assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_a_namesake_of_another_run_replaces_nothing(copy, capsys):
+    other = changed(
+        copy / f"{FOLDER}/baseline_fp32.pt",
+        copy / "checkpoints/other/baseline_fp32.pt",
+        lambda checkpoint: checkpoint["tensors"]["fc2.bias"].add_(1),
+    )
+    given = ("quantize", "--smoke", "--checkpoint", other)
+    error = fails(capsys, copy, *given)
+    assert f"{FOLDER}/baseline_int8.pt was made from another file than {other}" in error
+    run_main(*given, "--force")
+    changed(other, other, lambda checkpoint: checkpoint["tensors"]["fc2.bias"].add_(1))
+    capsys.readouterr()
+    run_main(*given)  # made anew in the place that the record names
+    assert "anew: baseline_fp32.pt changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("engine", ["fbgemm", "qnnpack"])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import fails, run_main
+from conftest import changed, fails, run_main
 
 from edgecnn.checkpoint import dataset_of, float_module, load_checkpoint
 from edgecnn.files import sha256
@@ -14,15 +14,6 @@ from edgecnn.train import LATER
 
 BASELINE = "checkpoints/smoke/baseline_fp32.pt"
 TAUGHT = ("train_baseline", "--smoke", "--seed", 5, "--network", "resnet8", "--epochs", 1)
-
-
-def changed(path, target, change):
-    """A checkpoint at `target` that differs from the one at `path`."""
-    checkpoint = torch.load(path, weights_only=True)
-    change(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, target)
-    return target
 
 
 @pytest.fixture
@@ -68,8 +59,8 @@ def test_a_teacher_of_the_parents_name_is_a_parent_of_its_own(copy, other, capsy
 @pytest.mark.parametrize(
     ("change", "holdout", "message"),
     [
-        (lambda c: c["data"].update(mean=[0.5, 0.5, 0.5]), (), "another mean than CIFAR-10"),
-        (lambda c: c["data"].update(classes=list("abcdefghij")), (), "another classes"),
+        (lambda c: c["data"].update(mean=[0.5, 0.5, 0.5]), (), "differs in mean from CIFAR-10"),
+        (lambda c: c["data"].update(classes=list("abcdefghij")), (), "differs in classes"),
         (lambda c: None, ("--holdout",), "trained on the validation images too"),
         (
             lambda c: (
@@ -77,7 +68,7 @@ def test_a_teacher_of_the_parents_name_is_a_parent_of_its_own(copy, other, capsy
                 c["data"].update(fingerprint=64 * "a"),
             ),
             ("--holdout",),
-            "another fingerprint",
+            "differs in fingerprint",
         ),
     ],
 )
