@@ -54,8 +54,8 @@ from edgecnn.marks import (
 from edgecnn.names import TEST_SET, results_dir
 from edgecnn.panels import (
     ENERGY,
-    ENERGY_LABEL,
     FLASH,
+    MEASURED,
     PANELS,
     SCORE,
     complete,
@@ -192,8 +192,9 @@ def draw(rows: list[dict], limits: dict[str, float] | None = None, joint: bool =
         ends = [*costs, *(cost for _, cost, _ in references)]
         if bound:  # the limit too, so far as a region below it has anything to show
             ends.append(min(max(limits[bound], min(ends) / 2), max(ends)))
-        measured = joint and references and key == ENERGY[0] and not bound
-        set_cost_axis(panel, ends, ENERGY_LABEL if measured else label)
+        if joint and references and key in MEASURED:
+            label = label.replace("modelled", "modelled; grey: measured")
+        set_cost_axis(panel, ends, label)
         panel.grid(color="#DDDDDD", lw=0.6)
         panel.set_axisbelow(True)
         if limits:

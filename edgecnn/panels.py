@@ -13,7 +13,6 @@ FLASH = ("m4_flash_bytes", KIB, "flash on a Cortex-M4\n(KiB, the linked program)
 FILE = ("size_bytes", KIB, "file size\n(KiB)")
 SCORE = ("relative_energy", 1, "relative energy score\n(million MACs × bits/8, zeros skipped)")
 ENERGY = ("stm32l4r5_energy_modelled_uj", 1, "energy an inference, STM32L4R5\n(µJ, modelled)")
-ENERGY_LABEL = "energy an inference, STM32L4R5\n(µJ, modelled; grey: measured)"  # beside MEASURED
 PANELS = (
     (FILE, ("flash_kib",)),  # FLASH, where each run has it
     (("macs_nonzero", 1e6, "non-zero MACs\n(millions an image)"), ("macs_m",)),

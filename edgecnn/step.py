@@ -142,8 +142,8 @@ class Step:
         record = self.read()
         if record is None or self.force:
             return
-        given = record["arguments"] if isinstance(record.get("arguments"), dict) else {}
-        theirs = self.defaults | record | given  # of old records some stand beside the arguments
+        # of old records some stand beside the arguments
+        theirs = self.defaults | record | recorded_arguments(record)
         theirs = {key: criterion_name(value) for key, value in theirs.items()}
         ours = json.loads(json.dumps(self.arguments, default=str))  # as the record has them
         differ = [
@@ -192,7 +192,7 @@ class Step:
             other, spoiled = ["no record of it"], []
         what = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         if changed:
-            self.require_own(changed)
+            self.require_own(changed, record)
             return f"{', '.join(changed)} changed", ""
         if spoiled:
             return f"{spoiled[0]} is not the file that this step wrote", ""
@@ -202,20 +202,21 @@ class Step:
         notes += [f"{gone[0]} is not here"] if gone else []
         return None, "; ".join([*notes, "--force makes it anew"]) if notes else ""
 
-    def require_own(self, changed: list[str]) -> None:
+    def require_own(self, changed: list[str], record: dict | None) -> None:
         """Raise UserError where a changed parent is a checkpoint from elsewhere than the record's.
 
         Where it lay, it was made anew; another place may hold quite another network of that name.
         """
-        record = self.read()
         if record is None:
             return
-        given = record["arguments"] if isinstance(record.get("arguments"), dict) else {}
-        named = [given[key] for key in ("checkpoint", "teacher") if isinstance(given.get(key), str)]
-        known = [checkpoints_dir(self.run), *(Path(text).parent for text in named)]
+        given = recorded_arguments(record)
+        named = [
+            Path(str(given[key])).parent for key in ("checkpoint", "teacher") if given.get(key)
+        ]
+        known = {folder.resolve() for folder in (checkpoints_dir(self.run), *named)}
         for name, path in self.named_parents.items():
-            there = any(path.resolve().parent == folder.resolve() for folder in known)
-            if name in changed and path.suffix == ".pt" and not there:
+            elsewhere = path.resolve().parent not in known
+            if name in changed and path.suffix == ".pt" and elsewhere:
                 raise UserError(
                     f"{self.outputs[0]} was made from another file than {path}; give another --run, "
                     "or --force to replace it"
@@ -262,6 +263,11 @@ class Step:
             parents |= {name: sha256(path) for name, path in self.named_parents.items()}
             contents = contents | {self.record: json_bytes(record)}
         write_files(contents)
+
+
+def recorded_arguments(record: dict) -> dict:
+    """What a record has under `arguments`; {} of old ones that have text there."""
+    return record["arguments"] if isinstance(record.get("arguments"), dict) else {}
 
 
 def one_spelling(value):
